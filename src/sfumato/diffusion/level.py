@@ -1,0 +1,122 @@
+"""Noise levels and predictions: the one sentence that the whole system repeats.
+
+    x_t = α_t · x0 + σ_t · ε          a picture at a noise level is a mix of data and noise
+
+A denoiser splits x_t back into its two parts; a sampler mixes them again at the next level.
+Everything here uses only +, −, ×, ÷, so NumPy arrays and torch tensors pass through alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
+
+import numpy as np
+
+from sfumato.errors import BadRequest
+
+
+class Array(Protocol):
+    """What samplers ask of a picture: the operators that ``numpy.ndarray`` and ``torch.Tensor`` share."""
+
+    @property
+    def shape(self) -> Any: ...
+    def __add__(self, other: Any, /) -> Self: ...
+    def __radd__(self, other: Any, /) -> Self: ...
+    def __sub__(self, other: Any, /) -> Self: ...
+    def __rsub__(self, other: Any, /) -> Self: ...
+    def __mul__(self, other: Any, /) -> Self: ...
+    def __rmul__(self, other: Any, /) -> Self: ...
+    def __truediv__(self, other: Any, /) -> Self: ...
+
+
+Scalar: TypeAlias = Any  # a float, or an array that broadcasts against pictures, such as (B, 1, 1, 1)
+Noise: TypeAlias = Callable[[Any], Any]  # x -> fresh standard normal noise like x
+
+
+def log(x: Scalar) -> Scalar:
+    """Natural logarithm of a float, NumPy array or torch tensor, with log 0 = −inf."""
+    if isinstance(x, (int, float)):
+        return math.log(x) if x > 0 else -math.inf
+    if hasattr(x, "log"):  # torch
+        return x.log()
+    with np.errstate(divide="ignore"):
+        return np.log(x)
+
+
+class NoiseLevel(NamedTuple):
+    """The coefficients of x = alpha · x0 + sigma · eps at time ``t`` of a schedule.
+
+    Each field is a float, or an array that broadcasts against a batch: one batch may hold many levels.
+    """
+
+    t: Scalar
+    alpha: Scalar
+    sigma: Scalar
+
+    @property
+    def log_snr(self) -> Scalar:
+        """2 · log(α/σ): −inf at pure noise, +inf at a clean picture."""
+        return 2 * (log(self.alpha) - log(self.sigma))
+
+
+class Prediction(NamedTuple):
+    """The two parts, data and noise, that a denoiser sees in a noisy picture; both shaped like it."""
+
+    x0: Any
+    eps: Any
+
+    @classmethod
+    def from_x0(cls, x: Any, level: NoiseLevel, x0: Any) -> Prediction:
+        """Complete a predicted picture with the noise that x then holds: eps = (x − α·x0)/σ."""
+        if _is_zero(level.sigma):  # no noise in x: any eps mixes to the same picture
+            return cls(x0, x * 0)
+        return cls(x0, (x - level.alpha * x0) / level.sigma)
+
+    @classmethod
+    def from_eps(cls, x: Any, level: NoiseLevel, eps: Any) -> Prediction:
+        """Complete predicted noise with the picture that x then holds: x0 = (x − σ·eps)/α.
+
+        Raises BadRequest at α = 0, where x holds no picture.
+        """
+        if _is_zero(level.alpha):
+            raise BadRequest(NO_PICTURE)
+        return cls((x - level.sigma * eps) / level.alpha, eps)
+
+    def at(self, level: NoiseLevel) -> Any:
+        """Mix the two parts at a noise level: α·x0 + σ·eps."""
+        if _is_zero(level.sigma):
+            return self.x0 if _is_one(level.alpha) else level.alpha * self.x0
+        return level.alpha * self.x0 + level.sigma * self.eps
+
+    def lerp(self, other: Prediction, w: Scalar) -> Prediction:
+        """Go from this prediction towards another: w = 0 here, w = 1 there, w > 1 beyond."""
+        return Prediction(self.x0 + w * (other.x0 - self.x0), self.eps + w * (other.eps - self.eps))
+
+    def renew(self, fraction: float, noise: Callable[[], Any]) -> Prediction:
+        """Replace a fraction f of the noise by fresh noise, keeping its variance: √(1−f²)·eps + f·z."""
+        if fraction == 0:
+            return self
+        return Prediction(self.x0, math.sqrt(1 - fraction**2) * self.eps + fraction * noise())
+
+
+Denoiser: TypeAlias = Callable[[Any, NoiseLevel], Prediction]  # conditioning is bound beforehand
+
+NO_PICTURE = (
+    "a network that predicts noise (eps) cannot start from pure noise (alpha = 0): "
+    "use a v or flow model, or a schedule without zero terminal SNR"
+)
+
+
+def q_sample(x0: Any, eps: Any, level: NoiseLevel) -> Any:
+    """Noise a picture in closed form, q(x_t | x0) (DDPM, eq. 4): α·x0 + σ·eps."""
+    return Prediction(x0, eps).at(level)
+
+
+def _is_zero(x: Scalar) -> bool:
+    return isinstance(x, (int, float)) and x == 0
+
+
+def _is_one(x: Scalar) -> bool:
+    return isinstance(x, (int, float)) and x == 1

@@ -1,0 +1,60 @@
+"""What a loaded model is: a network and the recipe around it, in one small record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from sfumato.diffusion.parameterizations import Parameterization
+from sfumato.diffusion.schedules import Schedule
+
+# What a network is told besides x and the clock: keyword → tensor with the batch first.
+Conditioning: TypeAlias = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The settings a request gets where it names none; every family states its own."""
+
+    sampler: str = "dpmpp-2m"
+    spacing: str = "trailing"
+    steps: int = 20
+    guidance: float = 3.0
+    width: int = 32
+    height: int = 32
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser with all that turns words into its input and its output into pictures.
+
+    Args:
+        name: what the user called it; ``path`` is the file it came from, ``hash`` that file's SHA-256.
+        network: ``network(x, clock, **conditioning)`` with x (B, C, H, W) and clock (B,); returns (B, C, H, W).
+        encode: prompts → conditioning; the empty prompt is the unconditional one.
+        decode: denoised x (B, C, H, W) → pictures (B, 3, H·factor, W·factor) in [−1, 1].
+        channels, factor: shape of x: C, and pixels per side of one of its cells.
+        multiple: a picture's sides must be multiples of this many pixels.
+        max_pixels: largest width × height the family is fit for.
+        card: what is known of the model's origin, for ``sfumato info``.
+    """
+
+    name: str
+    family: str
+    path: Path
+    hash: str
+    network: nn.Module
+    encode: Callable[[list[str]], Conditioning]
+    decode: Callable[[Tensor], Tensor]
+    schedule: Schedule
+    parameterization: Parameterization
+    channels: int = 3
+    factor: int = 1
+    multiple: int = 8
+    max_pixels: int = 1 << 16
+    defaults: Defaults = field(default_factory=Defaults)
+    card: Mapping[str, str] = field(default_factory=dict)
