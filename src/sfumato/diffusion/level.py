@@ -21,7 +21,10 @@ class Array(Protocol):
     """What samplers ask of a picture: the operators that ``numpy.ndarray`` and ``torch.Tensor`` share."""
 
     @property
-    def shape(self) -> Any: ...
+    def shape(self) -> Any:
+        """Sizes of the axes, the batch first."""
+        ...
+
     def __add__(self, other: Any, /) -> Self: ...
     def __radd__(self, other: Any, /) -> Self: ...
     def __sub__(self, other: Any, /) -> Self: ...
@@ -94,11 +97,11 @@ class Prediction(NamedTuple):
         """Go from this prediction towards another: w = 0 here, w = 1 there, w > 1 beyond."""
         return Prediction(self.x0 + w * (other.x0 - self.x0), self.eps + w * (other.eps - self.eps))
 
-    def renew(self, fraction: float, noise: Callable[[], Any]) -> Prediction:
-        """Replace a fraction f of the noise by fresh noise, keeping its variance: √(1−f²)·eps + f·z."""
-        if fraction == 0:
+    def renew(self, fraction: Scalar, noise: Noise) -> Prediction:
+        """Replace a fraction f in [0, 1] of the noise by fresh noise, keeping its variance: √(1−f²)·eps + f·z."""
+        if _is_zero(fraction):
             return self
-        return Prediction(self.x0, math.sqrt(1 - fraction**2) * self.eps + fraction * noise())
+        return Prediction(self.x0, (1 - fraction**2) ** 0.5 * self.eps + fraction * noise(self.eps))
 
 
 Denoiser: TypeAlias = Callable[[Any, NoiseLevel], Prediction]  # conditioning is bound beforehand

@@ -81,9 +81,14 @@ def edm(sigma_data: float = 0.5) -> Parameterization:
         r = radius(level)
         return level.sigma / (sigma_data * r), -level.alpha * sigma_data / r
 
-    return Parameterization(
-        "edm", row, gain=lambda level: 1 / radius(level), clock=lambda level: log(level.sigma / level.alpha) / 4
-    )
+    def clock(level: NoiseLevel) -> Scalar:
+        if isinstance(level.alpha, (int, float)) and level.alpha == 0:
+            raise BadRequest(
+                "an edm network cannot start from pure noise (alpha = 0): its clock ln(sigma)/4 is infinite"
+            )
+        return log(level.sigma / level.alpha) / 4
+
+    return Parameterization("edm", row, gain=lambda level: 1 / radius(level), clock=clock)
 
 
 PARAMETERIZATIONS: dict[str, Parameterization] = {

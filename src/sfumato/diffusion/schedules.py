@@ -31,9 +31,15 @@ class Schedule(Protocol):
     """A noise level for every time from ``t_min`` (nearly clean) to ``t_max`` (noisiest)."""
 
     @property
-    def t_min(self) -> float: ...
+    def t_min(self) -> float:
+        """The least noisy time that the network was trained on."""
+        ...
+
     @property
-    def t_max(self) -> float: ...
+    def t_max(self) -> float:
+        """The noisiest time."""
+        ...
+
     @property
     def steps(self) -> int | None:
         """Number of discrete times T the schedule was defined on, or None if time is continuous."""
@@ -44,11 +50,17 @@ class Schedule(Protocol):
         """The level of a picture without noise: σ = 0."""
         ...
 
-    def __call__(self, t: Scalar) -> NoiseLevel: ...
+    def __call__(self, t: Scalar) -> NoiseLevel:
+        """The level at a time, or at an array of times."""
+        ...
 
     def at_log_snr(self, log_snr: float) -> NoiseLevel:
         """The level with a given 2·log(α/σ), held within the schedule's range."""
         ...
+
+
+def _interp(x: Any, xs: Any, ys: Any) -> Floats:
+    return np.asarray(np.interp(x, xs, ys), dtype=np.float64)
 
 
 def _float64(t: Scalar) -> Any:
@@ -81,10 +93,12 @@ class Discrete:
 
     @property
     def steps(self) -> int:
+        """T, the number of indices."""
         return len(self.alpha_bar)
 
     @property
     def t_max(self) -> float:
+        """The last index."""
         return float(self.steps - 1)
 
     @property
@@ -93,21 +107,23 @@ class Discrete:
             return 0.5 * (np.log1p(-self.alpha_bar) - np.log(self.alpha_bar))  # log(σ/α), (T,)
 
     def __call__(self, t: Scalar) -> NoiseLevel:
+        """The level at index t, with fractions; below 0 it is clean."""
         u, ratio = _float64(t), self._log_ratio
         if math.isinf(ratio[-1]):  # zero terminal SNR: the last interval bridges to infinity by angle
-            angle = np.arctan(np.exp(np.interp(u, np.arange(self.steps - 1), ratio[:-1])))
-            last = np.interp(u, [self.t_max - 1, self.t_max], [float(np.arctan(np.exp(ratio[-2]))), math.pi / 2])
+            angle = np.arctan(np.exp(_interp(u, np.arange(self.steps - 1), ratio[:-1])))
+            last = _interp(u, [self.t_max - 1, self.t_max], [math.atan(math.exp(ratio[-2])), math.pi / 2])
             angle = np.where(u > self.t_max - 1, last, angle)
         else:
-            angle = np.arctan(np.exp(np.interp(u, np.arange(self.steps), ratio)))
+            angle = np.arctan(np.exp(_interp(u, np.arange(self.steps), ratio)))
         alpha, sigma = np.cos(angle), np.sin(angle)
         alpha, sigma = np.where(angle == math.pi / 2, 0.0, alpha), np.where(u < self.t_min, 0.0, sigma)
         alpha = np.where(u < self.t_min, 1.0, alpha)
         return NoiseLevel(t, _like(t, alpha), _like(t, sigma))
 
     def at_log_snr(self, log_snr: float) -> NoiseLevel:
+        """The level with a given 2·log(α/σ), held within the range."""
         ratio = self._log_ratio
-        t = float(np.interp(-log_snr / 2, ratio[np.isfinite(ratio)], np.arange(self.steps)[np.isfinite(ratio)]))
+        t = float(_interp(-log_snr / 2, ratio[np.isfinite(ratio)], np.arange(self.steps)[np.isfinite(ratio)]))
         if -log_snr / 2 > ratio[np.isfinite(ratio)][-1]:
             # Only a zero-SNR schedule reaches past its last finite index: invert the angle's bridge.
             if not math.isinf(ratio[-1]):
@@ -132,10 +148,12 @@ class Flow:
             raise BadRequest(f"a flow schedule needs 0 < t_min < t_max <= 1, not {self.t_min} and {self.t_max}")
 
     def __call__(self, t: Scalar) -> NoiseLevel:
+        """The level (1 − t, t)."""
         u = _float64(t)
         return NoiseLevel(t, _like(t, 1 - u), _like(t, u))
 
     def at_log_snr(self, log_snr: float) -> NoiseLevel:
+        """The level with a given 2·log(α/σ), held within the range."""
         t = 1 / (1 + math.exp(min(log_snr / 2, 700.0)))
         return self(min(max(t, self.t_min), self.t_max))
 
@@ -155,24 +173,28 @@ class Exploding:
 
     @property
     def t_min(self) -> float:
+        """The smallest σ that the network was trained on."""
         return self.sigma_min
 
     @property
     def t_max(self) -> float:
+        """The largest σ."""
         return self.sigma_max
 
     def __call__(self, t: Scalar) -> NoiseLevel:
+        """The level (1, t)."""
         u = _float64(t)
         return NoiseLevel(t, _like(t, np.ones_like(u)), _like(t, u))
 
     def at_log_snr(self, log_snr: float) -> NoiseLevel:
+        """The level with a given 2·log(α/σ), held within the range."""
         sigma = math.exp(min(-log_snr / 2, 700.0))
         return self(min(max(sigma, self.sigma_min), self.sigma_max))
 
 
-def from_betas(betas: Floats, *, zero_snr: bool = False) -> Discrete:
+def from_betas(betas: Any, *, zero_snr: bool = False) -> Discrete:
     """Build a schedule from β_t (DDPM, eq. 2): ᾱ_t = Π (1 − β_s)."""
-    alpha_bar = np.cumprod(1 - np.asarray(betas, dtype=np.float64))
+    alpha_bar = np.asarray(np.cumprod(1 - np.asarray(betas, dtype=np.float64)), dtype=np.float64)
     return rescale_zero_snr(Discrete(alpha_bar)) if zero_snr else Discrete(alpha_bar)
 
 
