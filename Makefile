@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= a red apple
+ARGS ?=
+
+.PHONY: image test check bench soak clean
+
+## A picture from words, offline, with the embedded model: make image PROMPT="a red apple"
+image: $(VENV)/.installed
+	@$(BIN)/sfumato generate "$(PROMPT)" $(ARGS)
+
+## Every test
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest
+
+## Style, types
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+## Measurements: order of convergence, cold start, training throughput
+bench: $(VENV)/.installed-dev
+	$(BIN)/python bench/convergence.py
+	$(BIN)/python bench/cold_start.py
+	$(BIN)/python bench/training.py
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Sfumato needs Python 3.11 or newer; name one with PYTHON=…" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by its exact version: its CPU build is a tenth of what an open range would fetch.
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt k-diffusion
+	@touch $@
+
+TORCH := $(shell grep -o '^torch==.*' constraints.txt)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,56 @@
+"""``sfumato train``: a recipe, or a folder of captioned pictures, into a model file."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """Run ``sfumato train`` with its arguments and return the exit code; raises SfumatoError for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="sfumato train",
+        description="Train a model. The same command resumes a run that was stopped.",
+    )
+    parser.add_argument("recipe", nargs="?", help="a YAML recipe; left out, a small pixel model")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as steps=2000")
+    parser.add_argument("--data", metavar="PATH", help="folder of captioned pictures, .parquet or .tar")
+    parser.add_argument("--run", metavar="DIR", help="where the run lives (default: runs/NAME)")
+    args = parser.parse_args(argv)
+    overrides = list(args.overrides)
+    if args.recipe and "=" in args.recipe:
+        overrides.insert(0, args.recipe)
+        args.recipe = None
+
+    from sfumato.errors import BadData
+    from sfumato.training.recipe import build_recipe, load_recipe
+
+    if args.recipe is None and args.data is None:
+        raise BadData("sfumato train needs a recipe (such as recipes/tiny.yaml) or --data FOLDER")
+    if args.recipe is None:
+        recipe, root = build_recipe({}, overrides, "settings"), Path()
+    else:
+        recipe, root = load_recipe(Path(args.recipe), overrides), Path(args.recipe).parent
+    if args.data is not None:
+        recipe = replace(recipe, data=replace(recipe.data, path=str(Path(args.data).resolve())))
+    run = Path(args.run) if args.run else Path("runs") / recipe.name
+
+    import torch
+
+    from sfumato.training.data import load_pictures
+    from sfumato.training.denoiser import DenoiserTask
+    from sfumato.training.loop import train
+    from sfumato.training.progress import Progress
+
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    progress = Progress(recipe.log_every)
+    pictures = load_pictures(recipe.data, recipe.model.size, root)
+    progress.note(f"{len(pictures)} pictures, {pictures.epoch_length} drawn per epoch")
+    task = DenoiserTask(recipe, pictures, run)
+    parameters = sum(p.numel() for p in task.module.parameters())
+    progress.note(f"{parameters / 1e6:.2f} million parameters; run in {run}")
+    final = train(task, recipe, run, progress)
+    print(final)
+    return 0

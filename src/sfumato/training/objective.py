@@ -1,0 +1,98 @@
+"""The training objective: draw a level, mix, predict, compare, weight.
+
+    x_t = α·x0 + σ·ε,   loss = w(t) · ‖a·x0 + b·ε − network(x_t, clock, words)‖²
+
+(a, b) is the parameterization's row; nothing here knows which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.level import NoiseLevel, q_sample
+from sfumato.diffusion.parameterizations import Parameterization
+from sfumato.diffusion.schedules import Schedule
+from sfumato.errors import BadData, nearest
+from sfumato.training.recipe import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Each picture's loss (B,), and the share of the schedule's range its level was drawn at (B,)."""
+
+    loss: Tensor
+    place: Tensor
+
+
+def _uniform(config: ObjectiveConfig, n: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, generator=generator)
+
+
+def _logit_normal(config: ObjectiveConfig, n: int, generator: torch.Generator) -> Tensor:
+    return torch.sigmoid(config.mean + config.deviation * torch.randn(n, generator=generator))
+
+
+def _no_weight(config: ObjectiveConfig, parameterization: Parameterization, level: NoiseLevel) -> Tensor | float:
+    return 1.0
+
+
+def _min_snr(config: ObjectiveConfig, parameterization: Parameterization, level: NoiseLevel) -> Tensor | float:
+    # min(SNR, γ) is a weight on the error of x0 (2303.09556, section 3.4); loss_scale turns it into one on
+    # the network's own output, whatever that means.
+    snr = (level.alpha / level.sigma) ** 2
+    return snr.clamp(max=config.gamma) / parameterization.loss_scale(level)
+
+
+TIMES: dict[str, Callable[[ObjectiveConfig, int, torch.Generator], Tensor]] = {
+    "uniform": _uniform,  # DDPM
+    "logit-normal": _logit_normal,  # 2403.03206, eq. 19
+}
+WEIGHTS: dict[str, Callable[[ObjectiveConfig, Parameterization, NoiseLevel], Tensor | float]] = {
+    "none": _no_weight,
+    "min-snr": _min_snr,
+}
+
+
+class DenoisingObjective:
+    """Loss of a denoiser under a schedule and a parameterization."""
+
+    def __init__(self, schedule: Schedule, parameterization: Parameterization, config: ObjectiveConfig):
+        for kind, name, table in (("times", config.times, TIMES), ("weight", config.weight, WEIGHTS)):
+            if name not in table:
+                raise BadData(f"objective: no {kind} named {name!r}{nearest(name, list(table))}; there are {list(table)}")
+        self.schedule, self.parameterization, self.config = schedule, parameterization, config
+
+    def __call__(
+        self, network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, generator: torch.Generator
+    ) -> Losses:
+        """Return the losses of a network(x, clock) on clean pictures x0 (B, C, H, W)."""
+        n = len(x0)
+        place = TIMES[self.config.times](self.config, n, generator)  # (B,) in [0, 1]
+        t_min, t_max = self.schedule.t_min, self.schedule.t_max
+        t = t_min + place * (t_max - t_min)
+        if self.schedule.steps is not None:
+            t = t.round()
+        eps = torch.randn(x0.shape, generator=generator)
+        level = self.schedule(t.to(x0.device)[:, None, None, None])  # fields (B, 1, 1, 1)
+        eps = eps.to(x0.device)
+        p = self.parameterization
+        clock = _flat(p.clock(level), n, x0)
+        out = network(p.gain(level) * q_sample(x0, eps, level), clock)
+        error = (out.float() - p.target(x0, eps, level)).pow(2)
+        return Losses((WEIGHTS[self.config.weight](self.config, p, level) * error).mean(dim=(1, 2, 3)), place)
+
+
+def _flat(clock: Any, n: int, like: Tensor) -> Tensor:
+    return torch.as_tensor(clock, dtype=torch.float32, device=like.device).reshape(-1).expand(n)
+
+
+def loss_by_level(losses: Losses, bins: int = 4) -> list[float]:
+    """Mean loss in equal slices of the schedule's range, cleanest first; NaN where none fell."""
+    slot = (losses.place * bins).long().clamp(max=bins - 1)
+    return [float(losses.loss.detach()[slot == i].mean()) if (slot == i).any() else math.nan for i in range(bins)]

@@ -1,0 +1,124 @@
+"""Recipes: small YAML files over frozen dataclasses, strict in every key and type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sfumato.config import from_dict
+from sfumato.errors import BadData
+from sfumato.families.native import NativeConfig
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pictures, at which size, with which words.
+
+    Args:
+        path: folder, ``.parquet`` or ``.tar``; relative to the recipe's folder.
+        where, exclude: column → the value a row must have, or values it must not have.
+        weights: column → value → how often such a row is drawn, relative to 1.
+        captions: ``plain`` takes the caption as it is; ``template`` writes it anew each time from name,
+            style and tags; ``field:NAME`` takes a column.
+        dropout: share of captions left empty, for classifier-free guidance.
+        flip: whether pictures may be mirrored.
+    """
+
+    path: str = ""
+    where: Mapping[str, Any] = field(default_factory=dict)
+    exclude: Mapping[str, list[Any]] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    captions: str = "plain"
+    dropout: float = 0.1
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """How levels are drawn and errors weighted: times ``uniform`` or ``logit-normal``; weight ``none``, ``min-snr``."""
+
+    times: str = "uniform"
+    mean: float = 0.0
+    deviation: float = 1.0
+    weight: str = "none"
+    gamma: float = 5.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then a plateau, then a linear fall to zero over the last ``decay`` share of steps."""
+
+    rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 100
+    decay: float = 0.5
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run."""
+
+    name: str = "model"
+    model: NativeConfig = field(default_factory=NativeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch: int = 64
+    steps: int = 1000
+    ema: float = 0.999
+    seed: int = 0
+    precision: str = "auto"
+    threads: int = 0
+    checkpoint_every: int = 500
+    keep: int = 2
+    log_every: int = 20
+    grid_every: int = 0
+    grid_prompts: tuple[str, ...] = ()
+    card: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "steps", "checkpoint_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise BadData(f"recipe: {name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise BadData(f"recipe: ema must lie in [0, 1), not {self.ema}")
+
+
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """Read a YAML recipe and apply ``key=value`` overrides.
+
+    Raises BadData for an unreadable file, an unknown key (naming the nearest) or a value of the wrong type.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadData(f"no recipe at {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise BadData(f"{path}: not a readable YAML recipe ({str(e).splitlines()[0]})") from None
+    if not isinstance(raw, dict):
+        raise BadData(f"{path}: a recipe is a mapping of settings, not {type(raw).__name__}")
+    return build_recipe(raw, overrides, str(path))
+
+
+def build_recipe(raw: dict[str, Any], overrides: list[str], where: str) -> Recipe:
+    """Build a recipe from plain data and overrides such as ``steps=100`` or ``optimizer.rate=1e-4``."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise BadData(f"{override!r} is not of the form key=value")
+        place = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise BadData(f"{key}: {parent} is not a group of settings")
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise BadData(f"{override!r}: the value is not readable YAML") from None
+    return from_dict(Recipe, raw, where)

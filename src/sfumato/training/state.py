@@ -1,0 +1,76 @@
+"""Checkpoints that cannot be half-written, and that say when they are damaged.
+
+One checkpoint is ``step-N.safetensors`` (all tensors) and ``step-N.json`` (everything else, and the
+tensors' SHA-256). Each is written aside, fsynced, renamed, and its folder fsynced; the JSON comes last, so a
+checkpoint exists once its JSON does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sfumato.errors import NoResources
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and plain data beside them."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    plain: Mapping[str, Any]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part; NoResources on a full disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise NoResources(f"cannot write {path}: {e.strerror}; nothing was changed, free some space and go on") from None
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
+    """Write a checkpoint, then remove all but the newest ``keep``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"step-{checkpoint.step:08d}"
+    data = save({k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()})
+    write_atomically(folder / f"{name}.safetensors", data)
+    plain = {"step": checkpoint.step, "sha256": hashlib.sha256(data).hexdigest(), **checkpoint.plain}
+    write_atomically(folder / f"{name}.json", json.dumps(plain, indent=1).encode())
+    for old in sorted(folder.glob("step-*.json"))[:-keep]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, warning about each damaged one passed over; None if none is."""
+    for path in sorted(folder.glob("step-*.json"), reverse=True):
+        try:
+            plain = json.loads(path.read_bytes())
+            data = path.with_suffix(".safetensors").read_bytes()
+            if hashlib.sha256(data).hexdigest() != plain.pop("sha256"):
+                raise ValueError("its bytes have changed since it was written")
+            return Checkpoint(plain.pop("step"), load(data), plain)
+        except (OSError, ValueError, KeyError) as e:
+            warn(f"{path.stem} is damaged ({e}); falling back to the checkpoint before it")
+    return None
