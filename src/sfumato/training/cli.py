@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
     else:
         recipe, root = load_recipe(Path(args.recipe), overrides), Path(args.recipe).parent
     if args.data is not None:
-        recipe = replace(recipe, data=replace(recipe.data, path=str(Path(args.data).resolve())))
+        path = args.data if args.data == "sample" else str(Path(args.data).resolve())
+        recipe = replace(recipe, data=replace(recipe.data, path=path))
     run = Path(args.run) if args.run else Path("runs") / recipe.name
 
     import torch

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato.data import SAMPLE
 from sfumato.errors import BadData
 from sfumato.training.captions import plain_caption, template_caption
 from sfumato.training.recipe import DataConfig
@@ -88,7 +89,7 @@ class Pictures:
 
 def load_pictures(config: DataConfig, size: int, root: Path) -> Pictures:
     """Read a data set's pictures at a square size; raises BadData where nothing usable is left."""
-    path = (root / config.path).expanduser()
+    path = SAMPLE if config.path == "sample" else (root / config.path).expanduser()
     if not path.exists():
         raise BadData(f"no data at {path}: give the data set with data.path=…")
     rows = [row for row in pq.read_table(path).to_pylist() if _wanted(row, config)]
