@@ -47,11 +47,11 @@ def load(name: str | Path | None = None) -> Model:
 
     path = locate(name)
     header = read_header(path)
-    kind = header.metadata.get("format", "")
-    if kind != "sfumato-native-1":
-        raise BadCheckpoint(f"{path}: holds no model that this version knows (format {kind or 'not stated'})")
-    from sfumato.families.native import load_native
+    from sfumato.families.native import FORMAT, load_native
 
+    if FORMAT not in header.metadata:
+        stated = ", ".join(header.metadata) or "nothing"
+        raise BadCheckpoint(f"{path}: holds no model that this version knows (its metadata state {stated})")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     display = str(name) if name is not None else DEFAULT_MODEL
-    return load_native(path, display, read_tensors(path), header.metadata, digest)
+    return load_native(path, display, read_tensors(path), header.metadata[FORMAT], digest)

@@ -29,6 +29,9 @@ from sfumato.networks.unet import UNet, UNetConfig
 from sfumato.text.tower import TextTower, TextTowerConfig
 
 
+FORMAT = "sfumato-native-1"  # the metadata's key
+
+
 @dataclass(frozen=True)
 class NativeConfig:
     """A model of our own, to train or to load.
@@ -70,20 +73,20 @@ class Native(nn.Module):
 
 
 def metadata(config: NativeConfig, tokenizer: Tokenizer, card: Mapping[str, str]) -> dict[str, str]:
-    """Return the safetensors metadata from which the model can be rebuilt."""
-    return {
-        "format": "sfumato-native-1",
-        "config": json.dumps(asdict(config)),
-        "tokenizer": tokenizer.to_str(),
-        "card": json.dumps(dict(card)),
-    }
+    """Return the safetensors metadata from which the model can be rebuilt.
+
+    One entry holds it all: safetensors writes several in random order, and equal models must be equal bytes.
+    """
+    tokenizer_json = json.loads(tokenizer.to_str())
+    return {FORMAT: json.dumps({"config": asdict(config), "tokenizer": tokenizer_json, "card": dict(card)})}
 
 
-def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, str], hash: str) -> Model:
+def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: str, hash: str) -> Model:
     """Build a model of our own from its file's tensors and metadata; BadCheckpoint where they do not fit."""
     try:
-        config = from_dict(NativeConfig, json.loads(meta["config"]), "config")
-        native = Native(config, Tokenizer.from_str(meta["tokenizer"]))
+        meta = json.loads(metadata)
+        config = from_dict(NativeConfig, meta["config"], "config")
+        native = Native(config, Tokenizer.from_str(json.dumps(meta["tokenizer"])))
     except Exception as e:  # the tokenizer library raises bare Exceptions
         raise BadCheckpoint(f"{path}: its configuration cannot be read ({e})") from None
     try:
@@ -105,7 +108,7 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], meta: Mapp
         multiple=config.network.multiple,
         max_pixels=(4 * config.size) ** 2,
         defaults=config.defaults,
-        card=json.loads(meta.get("card", "{}")),
+        card=meta["card"],
     )
 
 

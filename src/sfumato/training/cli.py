@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as steps=2000")
     parser.add_argument("--data", metavar="PATH", help="folder of captioned pictures, .parquet or .tar")
     parser.add_argument("--run", metavar="DIR", help="where the run lives (default: runs/NAME)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     overrides = list(args.overrides)
     if args.recipe and "=" in args.recipe:
         overrides.insert(0, args.recipe)

@@ -140,8 +140,8 @@ def _settle_recipe(recipe: Recipe, run: Path) -> str:
     if path.exists():
         stored = json.loads(path.read_text())
         precision = stored.pop("resolved_precision")
-        # How often a run is watched or saved does not change what it learns.
-        free = ("checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads")
+        # How long a run goes on, and how often it is watched or saved, may change under way.
+        free = ("steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads")
         differing = [k for k in plain if k not in free and plain[k] != stored.get(k)]
         if differing:
             raise BadData(f"{run} holds a run of another recipe (differs in {', '.join(differing)}): use another --run folder")
@@ -170,10 +170,13 @@ def _restore(checkpoint: Checkpoint, module: nn.Module, ema: EMA, optimizer: tor
     module.load_state_dict(part("model."))
     for k, v in part("ema.").items():
         ema.average[k].copy_(v)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states: dict[int, dict[str, Any]] = {}
     for name, v in part("optimizer.").items():
         i, key = name.split(".", 1)
-        states.setdefault(int(i), {})[key] = v
+        # The fused AdamW walks memory in order: moments must be laid out as their parameter is.
+        laid = v if v.ndim == 0 else torch.empty_like(parameters[int(i)]).copy_(v)
+        states.setdefault(int(i), {})[key] = laid
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 

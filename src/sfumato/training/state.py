@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sfumato.errors import NoResources
+from sfumato.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -28,25 +27,6 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Tensor]
     plain: Mapping[str, Any]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part; NoResources on a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise NoResources(f"cannot write {path}: {e.strerror}; nothing was changed, free some space and go on") from None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
