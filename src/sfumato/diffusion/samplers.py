@@ -59,7 +59,7 @@ def ddim_inversion(denoise: Denoiser, x: Any, path: Path, noise: Noise, refine: 
     """Walk the path upwards, from a picture to the noise from which DDIM makes that picture again.
 
     Each step solves DDIM's own equation x_q = α_q·x0(x_p) + σ_q·ε(x_p) for x_p by ``refine`` fixed-point
-    iterations (AIDI, 2309.04907); with refine = 0 it is the explicit step of DDIM's section 4.3.
+    iterations (Pan et al. 2309.04907); with refine = 0 it is the explicit step of DDIM's section 4.3.
     """
     for q, p in pairwise(reversed(path)):
         out = denoise(x, q) if q.sigma > 0 else Prediction(x / q.alpha, x * 0)  # a first guess
@@ -149,7 +149,7 @@ def _given(z: Any) -> Noise:
 
 
 def dpmpp_2m(denoise: Denoiser, x: Any, path: Path, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
-    """DPM-Solver++(2M) (Lu et al. 2211.01095, algorithm 2); eta = 1 is its SDE of the same paper's appendix."""
+    """DPM-Solver++(2M) (Lu et al. 2211.01095, algorithm 2); eta = 1 is the same paper's SDE form."""
     seen: list[tuple[NoiseLevel, Any]] = []
     for p, q in pairwise(path):
         out = denoise(x, p)
@@ -164,10 +164,10 @@ def dpmpp_2m(denoise: Denoiser, x: Any, path: Path, noise: Noise, eta: float = 0
 
 
 def dpmpp_3m(denoise: Denoiser, x: Any, path: Path, noise: Noise) -> Iterator[Step]:
-    """DPM-Solver++(3M): a parabola through the last three x0 (the authors' code; k-diffusion's 3M SDE at eta = 0).
+    """DPM-Solver++(3M): a parabola through the last three x0, weighted as in the authors' code for 2211.01095.
 
-    The published weight of the bend is half of Taylor's, and the first step is of first order: so is the
-    method of order 2, with a smaller error than 2M's.
+    Their weight of the bend is half of Taylor's, and the first step is of first order: the method's order is 2,
+    not 3, though its error is smaller than 2M's.
     """
     seen: list[Node] = []  # newest first
     for p, q in pairwise(path):
@@ -203,7 +203,7 @@ def _moments(h: float, n: int) -> list[float]:
 
 
 def plms(denoise: Denoiser, x: Any, path: Path, noise: Noise) -> Iterator[Step]:
-    """PLMS (Liu et al. 2202.09778, eq. 12): Adams–Bashforth of order 4 on ε, started by the improved Euler rule.
+    """PLMS (Liu et al. 2202.09778, section 3.3): Adams–Bashforth of order 4 on ε, started by the improved Euler rule.
 
     The weights are those of even steps in σ/α; on any other path the method is of order 2.
     """
@@ -222,7 +222,10 @@ ADAMS_BASHFORTH = [(1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 
 def unipc(denoise: Denoiser, x: Any, path: Path, noise: Noise, order: int = 2) -> Iterator[Step]:
-    """UniPC-p on x0 with B(h) = e^h − 1 (Zhao et al. 2302.04867, section 3): a corrector that costs no call."""
+    """UniPC-p on x0 with B(h) = e^h − 1 (Zhao et al. 2302.04867, section 3): a corrector that costs no call.
+
+    Of order p + 1 by its corrector, but at most 3 by its first step.
+    """
     seen: list[Node] = []  # newest first
     start = x
     for p, q in pairwise(path):
@@ -235,7 +238,7 @@ def unipc(denoise: Denoiser, x: Any, path: Path, noise: Noise, order: int = 2) -
 
 
 def _unified(q: NoiseLevel, seen: list[Node], end: list[Node] | None = None) -> Any:
-    """Mean over the step to q of the polynomial in λ through the newest x0 and the others (eq. 3)."""
+    """Mean over the step to q of the polynomial in λ through the newest x0 and the others."""
     (p, x0), *others = seen
     h = (q.log_snr - p.log_snr) / 2
     others = [node for node in [*others, *(end or [])] if math.isfinite(node[0].log_snr)]
@@ -273,7 +276,8 @@ class Sampler:
 
     Args:
         run: (denoise, x, path, noise, **settings) → one Step for each step of the path.
-        order: observed order of convergence in the number of steps (weak, where stochastic); 0: another limit.
+        order: the error falls as (number of steps)^−order, between levels with 0 < α and 0 < σ; where it draws
+            noise, the error of the result's mean and covariance; 0 for a method without such a limit.
         stochastic: whether it draws noise with its default settings.
         calls: calls of the denoiser per step.
         aliases: what other programs call it.
@@ -342,7 +346,7 @@ SAMPLERS: dict[str, Sampler] = {
             aliases=("DPM2", "DPM-Solver-2", "KDPM2DiscreteScheduler"),
         ),
         Sampler(
-            "dpm-2-ancestral", partial(dpm_2, eta=1.0), 1, "dpm-2 with fresh noise", stochastic=True, calls=2,
+            "dpm-2-ancestral", partial(dpm_2, eta=1.0), 2, "dpm-2 with fresh noise", stochastic=True, calls=2,
             aliases=("DPM2 a", "KDPM2AncestralDiscreteScheduler"),
         ),
         Sampler(
@@ -355,7 +359,7 @@ SAMPLERS: dict[str, Sampler] = {
             aliases=("DPM++ 2S", "DPM-Solver++(2S)", "DPMSolverSinglestepScheduler"),
         ),
         Sampler(
-            "dpmpp-2s-ancestral", partial(dpmpp_2s, eta=1.0), 1, "dpmpp-2s with fresh noise", stochastic=True, calls=2,
+            "dpmpp-2s-ancestral", partial(dpmpp_2s, eta=1.0), 2, "dpmpp-2s with fresh noise", stochastic=True, calls=2,
             aliases=("DPM++ 2S a",),
         ),
         Sampler(

@@ -106,7 +106,7 @@ def karras(schedule: Schedule, steps: int, rho: float = 7.0) -> list[NoiseLevel]
 
 
 def exponential(schedule: Schedule, steps: int) -> list[NoiseLevel]:
-    """log(σ/α) falls evenly, so every step has the same h in DPM-Solver's terms (2206.00927, section 3.4)."""
+    """log(σ/α) falls evenly, so every step has the same h in DPM-Solver's terms (2206.00927)."""
     low, high = (math.log(r) for r in _ratios(schedule))
     return _at_ratios(schedule, [math.exp(high + (low - high) * k / max(steps - 1, 1)) for k in range(steps)])
 
