@@ -1,0 +1,1 @@
+"""Weight files: names → tensors, strictly, with a load report."""

@@ -1,0 +1,570 @@
+"""The ``sfumato`` command. Heavy modules are imported where they are used, so that help is quick.
+
+Exit codes: 0 done, 1 replayed pixels differ, 2 bad request, 3 bad checkpoint, 4 bad data, 5 no resources,
+130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sfumato.errors import BadCheckpoint, BadRequest, NoResources, SfumatoError
+from sfumato.pipeline.request import Request
+
+if TYPE_CHECKING:
+    from sfumato.pipeline.picture import Picture, Pixels
+    from sfumato.pipeline.pipeline import Pipeline
+
+FORWARDED = {  # command → module whose ``main(argv) -> int`` reads the command's own flags
+    "train": ("sfumato.training.cli", "train a model by a recipe, or on a folder of pictures"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    started = time.perf_counter()
+    debug = _take_flag(argv, "--debug")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a prompt's letters never stop a terminal that lacks them
+            stream.reconfigure(errors="backslashreplace")
+    with _terminable():
+        try:
+            code = _run(argv, started)
+            sys.stdout.flush()
+            return code
+        except SfumatoError as e:
+            if debug:
+                raise
+            return _fail(str(e), e.exit_code)
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+        except _Terminated:
+            return _fail("terminated", 143)
+        except BrokenPipeError:  # the reader of our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except MemoryError:
+            if debug:
+                raise
+            return _fail("out of memory", NoResources.exit_code)
+        except Exception as e:
+            if debug:
+                raise
+            return _fail(f"unexpected {type(e).__name__}: {e} (--debug shows where)", 1)
+
+
+def _run(argv: list[str], started: float) -> int:
+    if argv and argv[0] in FORWARDED:
+        from importlib import import_module
+
+        return import_module(FORWARDED[argv[0]][0]).main(argv[1:])
+    args = _parser().parse_args(argv)
+    args.started = started
+    return args.run(args)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"sfumato: {' '.join(message.split())}\n")
+    return code
+
+
+def _take_flag(argv: list[str], flag: str) -> bool:
+    end = argv.index("--") if "--" in argv else len(argv)
+    taken = flag in argv[:end]
+    argv[:end] = [a for a in argv[:end] if a != flag]
+    return taken
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that temporary files and the terminal are cleaned up."""
+
+    def stop(*_: object) -> NoReturn:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ── flags ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong flags are bad requests like any other: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadRequest(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sfumato", description="Words into pictures by diffusion.", allow_abbrev=False)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from (with any command)")
+    parser.set_defaults(run=lambda args: _version(args, parser))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("generate", _generate, "make pictures from words")
+    add_request_flags(sub)
+    _add_model(sub)
+    _add_output(sub)
+    sub.add_argument("--grid", action="store_true", help="one file with all n pictures instead of n files")
+    sub.add_argument("--trajectory", metavar="FILE.gif", help="also write how the pictures came out of the noise")
+
+    sub = command("replay", _replay, "make a picture again from the request inside its PNG, and compare")
+    sub.add_argument("picture", metavar="PICTURE.png")
+    _add_model(sub)
+    _add_output(sub)
+
+    sub = command("info", _info, "show what a picture or a weight file says of itself")
+    sub.add_argument("what", metavar="MODEL|PICTURE")
+    _add_json(sub)
+
+    sub = command("samplers", _samplers, "list samplers, spacings and guidance, with other tools' names for them")
+    _add_json(sub)
+
+    for name, (_, help) in FORWARDED.items():
+        commands.add_parser(name, help=help, add_help=False)
+    return parser
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of ``Request``; ``request_of`` reads them."""
+    for f in fields(Request):
+        flags: tuple[str, ...] = f.metadata["flags"]
+        if f.name == "prompt":
+            parser.add_argument("prompt", metavar="PROMPT", help=f.metadata["help"])
+        elif f.name == "width":
+            parser.add_argument("--size", metavar="WxH", help="width and height in pixels")
+        elif flags:
+            parser.add_argument(*flags, dest=f.name, metavar=f.metadata["metavar"], help=f.metadata["help"])
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """Read the request from parsed flags; raises BadRequest."""
+    settings: dict[str, Any] = {}
+    for f in fields(Request):
+        text: str | None = getattr(args, f.name, None)
+        if text is not None:
+            settings[f.name] = _value(str(f.type), text)
+    if args.size is not None:
+        width, x, height = args.size.lower().partition("x")
+        if not (x and width.isdecimal() and height.isdecimal() and len(args.size) < 20):
+            raise BadRequest(f"size must be WxH in pixels, such as 32x32, not {args.size!r}")
+        settings |= {"width": int(width), "height": int(height)}
+    return Request.from_dict(settings)
+
+
+def _value(kind: str, text: str) -> Any:
+    """Give a flag's text its field's type; text that cannot have it is left for the request to refuse."""
+    try:
+        if kind.startswith("int"):
+            return int(text)
+        if kind.startswith("float"):
+            return float(text)
+        if kind.startswith("tuple"):
+            return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        pass
+    return text
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="M", help="weight file or name of a model (default: the one built in)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="PATH", help="file or folder to write to (default: a new file in outputs/)")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+    parser.add_argument("--scale", metavar="N", help="draw each pixel N times as large (default: until 256 wide)")
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _version(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not args.version:
+        parser.error("a command is missing")
+    import sfumato
+
+    print(f"sfumato {sfumato.__version__}")
+    return 0
+
+
+# ── commands ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _generate(args: argparse.Namespace) -> int:
+    request = request_of(args)
+    scale = _scale(args.scale)
+    target = Target.plan(args.out, args.force, files=1 if args.grid else request.n)
+    film = None if args.trajectory is None else Target.plan(args.trajectory, args.force, files=1, suffix=".gif")
+    pipe = _load(args.model)
+    request = request.resolve(pipe.model)
+    pictures, frames = _run_with_progress(pipe, request, film is not None)
+    if args.grid:
+        from sfumato.pipeline.picture import grid
+
+        pictures = [grid(pictures)]
+    paths = [target.write(p, i, scale) for i, p in enumerate(pictures)]
+    if film is not None:
+        film.write_film(frames, scale or pictures[0].viewing_scale)
+    return _report(args, pictures, paths, {} if film is None else {"trajectory": str(film.file)})
+
+
+def _replay(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from sfumato.pipeline.picture import enlarge, grid, read
+
+    stored = read(args.picture)
+    old = stored.picture
+    scale = _scale(args.scale) or stored.scale
+    target = Target.plan(args.out, args.force, files=1)
+    pipe = _load(args.model or os.path.basename(old.model), threads=old.made_with.get("threads"))
+    if pipe.model.hash != old.model_hash:
+        raise BadCheckpoint(
+            f"{args.picture} was made by model {old.model!r} with hash {old.model_hash[:12]}, but "
+            f"{pipe.model.name!r} has {pipe.model.hash[:12]}: point at the right file with --model"
+        )
+    pictures, _ = _run_with_progress(pipe, old.request, False)
+    new = pictures[0] if old.request.n == 1 else grid(pictures)
+    same = np.array_equal(enlarge(new.pixels, stored.scale), stored.pixels)
+    path = target.write(new, 0, scale)
+    changes = [
+        f"{what} {old.made_with[what]} is now {now}"
+        for what, now in new.made_with.items()
+        if old.made_with.get(what, now) != now
+    ]
+    verdict = "pixels equal" if same else "pixels differ" + (f" ({', '.join(changes)})" if changes else "")
+    _report(args, [new], [path], {"equal": same, "changes": changes}, verdict)
+    return 0 if same else 1
+
+
+def _info(args: argparse.Namespace) -> int:
+    from sfumato.pipeline.picture import is_png, read
+
+    path = Path(args.what)
+    if path.is_file() and is_png(path):
+        stored = read(path)
+        p = stored.picture
+        facts: dict[str, Any] = {
+            "picture": str(path),
+            "size": f"{p.pixels.shape[1]}x{p.pixels.shape[0]}",
+            "scale": stored.scale,
+            "model": p.model,
+            "model_hash": p.model_hash,
+            "request": p.request.to_dict(),
+            "made_with": dict(p.made_with),
+        }
+    else:
+        facts = _model_facts(path, args.what)
+    if args.json:
+        _print_json(facts)
+    else:
+        _print_facts(facts)
+    return 0
+
+
+def _model_facts(path: Path, name: str) -> dict[str, Any]:
+    """What the header of a weight file says; no weights are read."""
+    import json
+
+    from sfumato.checkpoints.tensors import read_header
+
+    if not path.is_file():
+        from sfumato.families import locate
+
+        path = locate(name)
+    header = read_header(path)
+    facts: dict[str, Any] = {
+        "model": str(path),
+        "format": header.metadata.get("format", "unknown"),
+        "bytes": header.size,
+        "tensors": len(header.tensors),
+        "parameters": header.parameters,
+        "dtypes": ", ".join(sorted({t.dtype for t in header.tensors.values()})),
+    }
+    try:
+        card = json.loads(header.metadata.get("card", "{}"))
+        facts["card"] = card if isinstance(card, dict) else {}
+    except (ValueError, RecursionError):
+        facts["card"] = {}
+    return facts
+
+
+def _samplers(args: argparse.Namespace) -> int:
+    from sfumato.diffusion import GUIDANCE, SAMPLERS, SPACINGS
+
+    samplers = [
+        {
+            "name": s.name,
+            "order": s.order,
+            "calls": s.calls,
+            "stochastic": s.stochastic,
+            "settings": s.settings,
+            "aliases": list(s.aliases),
+            "summary": s.summary,
+        }
+        for s in SAMPLERS.values()
+    ]
+    spacings = [
+        {"name": s.name, "settings": s.settings, "aliases": list(s.aliases), "summary": s.summary}
+        for s in SPACINGS.values()
+    ]
+    guidance = [{"name": name, "summary": _first_sentence(g.__doc__)} for name, g in GUIDANCE.items()]
+    if args.json:
+        _print_json({"samplers": samplers, "spacings": spacings, "guidance": guidance})
+        return 0
+    print("samplers            order  calls  noise  what it does (other names)")
+    for s in samplers:
+        noise = "yes" if s["stochastic"] else ""
+        print(f"  {s['name']:<18} {s['order'] or '-':>3} {s['calls']:>6}    {noise:<4} {_described(s)}")
+    print("\nspacings")
+    for s in spacings:
+        print(f"  {s['name']:<18} {_described(s)}")
+    print("\nguidance")
+    for g in guidance:
+        print(f"  {g['name']:<18} {g['summary']}")
+    return 0
+
+
+def _described(thing: dict[str, Any]) -> str:
+    return thing["summary"] + (f" ({', '.join(thing['aliases'])})" if thing["aliases"] else "")
+
+
+def _first_sentence(doc: str | None) -> str:
+    return (doc or "").strip().split("\n")[0].rstrip(".")
+
+
+# ── output ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where files will go; that they can be written is known before the work starts."""
+
+    folder: Path
+    name: str | None  # None: named after prompt and seed
+    files: int
+    overwrite: bool
+
+    @classmethod
+    def plan(cls, out: str | None, force: bool, *, files: int, suffix: str = ".png") -> Target:
+        """Choose folder and name; raises BadRequest if they cannot be written or exist without ``force``."""
+        if out is not None and (not out or "\0" in out):
+            raise BadRequest("the output path is empty or no path")
+        path = Path("outputs" if out is None else out)
+        named = out is not None and not path.is_dir() and (path.suffix != "" or suffix != ".png")
+        if named and (path.suffix.lower() != suffix or str(out).endswith(("/", os.sep))):
+            raise BadRequest(f"cannot write {path}: its name must end in {suffix}")
+        target = cls(path.parent, path.stem, files, force) if named else cls(path, None, files, False)
+        if named and not force:
+            for i in range(files):
+                if os.path.lexists(target._path(path.stem, i, suffix)):
+                    raise BadRequest(f"{target._path(path.stem, i, suffix)} exists already; --force replaces it")
+        _check_writable(target.folder)
+        return target
+
+    @property
+    def file(self) -> Path:
+        """The trajectory's file."""
+        return self.folder / f"{self.name}.gif"
+
+    def _path(self, stem: str, i: int, suffix: str = ".png") -> Path:
+        return self.folder / (f"{stem}{suffix}" if self.files == 1 else f"{stem}-{i + 1}{suffix}")
+
+    def write(self, picture: Picture, i: int, scale: int | None) -> Path:
+        """Write picture i; a name of our own choice never meets an existing file."""
+        self._make_folder()
+        scale = scale or picture.viewing_scale
+        if self.name is not None:
+            return picture.save(self._path(self.name, i), scale=scale, overwrite=self.overwrite)
+        stem, again = _stem(picture.request), 1
+        while True:
+            path = self.folder / (f"{stem}.png" if again == 1 else f"{stem}-{again}.png")
+            if not os.path.lexists(path):
+                return picture.save(path, scale=scale, overwrite=False)
+            again += 1
+
+    def write_film(self, frames: Sequence[Pixels], scale: int) -> None:
+        """Write frames (H, W, 3) as an animated GIF that rests on the last."""
+        from PIL import Image
+
+        from sfumato.pipeline.picture import enlarge, write_file
+
+        self._make_folder()
+        images = [Image.fromarray(enlarge(f, scale)) for f in frames]
+        durations = [max(40, min(200, 4000 // len(images)))] * (len(images) - 1) + [2000]
+        data = io.BytesIO()
+        images[0].save(data, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+        write_file(self.file, data.getvalue(), overwrite=self.overwrite)
+
+    def _make_folder(self) -> None:
+        from sfumato.pipeline.picture import cannot_write
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise cannot_write(self.folder, e) from e
+
+
+def _check_writable(folder: Path) -> None:
+    """Try to create a file where the folder is, or where it would be made."""
+    import secrets
+
+    place = folder
+    try:
+        while not os.path.lexists(place) and place != place.parent:
+            place = place.parent
+        trial = place / f".sfumato-{secrets.token_hex(4)}.part"
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as e:
+        from sfumato.pipeline.picture import cannot_write
+
+        raise cannot_write(folder, e) from e
+
+
+def _stem(request: Request) -> str:
+    words = "".join(c if c.isalnum() else " " for c in request.prompt.lower()).split()
+    slug = "-".join(words)[:40].strip("-") or "picture"
+    return f"{slug}-{request.seed}" + (f"-grid-{request.n}" if request.n > 1 else "")
+
+
+def _scale(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from sfumato.pipeline.picture import MAX_SCALE
+
+    if not (text.isdecimal() and len(text) < 5 and 1 <= int(text) <= MAX_SCALE):
+        raise BadRequest(f"scale must be a whole number from 1 to {MAX_SCALE}, not {text!r}")
+    return int(text)
+
+
+def _load(name: str | None, threads: object = None) -> Pipeline:
+    from sfumato.families import locate
+
+    locate(name)  # a wrong name is told at once, torch takes seconds
+    with _status(f"loading {name or 'the model'}"):
+        from sfumato.pipeline.pipeline import load
+
+        if isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= 4096:
+            import torch
+
+            torch.set_num_threads(threads)  # the order of sums, and so the last bits, may depend on it
+        return load(name)
+
+
+def _run_with_progress(pipe: Pipeline, request: Request, film: bool) -> tuple[list[Picture], list[Pixels]]:
+    """Return the pictures and, if asked for, a frame for each step."""
+    from sfumato.pipeline.picture import Picture, sheet
+
+    pictures: list[Picture] = []
+    frames: list[Pixels] = []
+    with _progress(request.steps or 0) as advance:
+        for event in pipe.run(request):
+            if isinstance(event, Picture):
+                pictures.append(event)
+                continue
+            advance()
+            if film:
+                frames.append(sheet(pipe.pixels(event.preview)))
+    if film:
+        frames.append(sheet([p.pixels for p in pictures]))
+    return pictures, frames
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[], None]]:
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing", total=steps)
+        yield lambda: bar.advance(task)
+
+
+def _report(
+    args: argparse.Namespace, pictures: list[Picture], paths: list[Path], more: dict[str, Any], note: str = ""
+) -> int:
+    seconds = time.perf_counter() - args.started
+    first = pictures[0]
+    if args.json:
+        _print_json(
+            {
+                "pictures": [
+                    {"path": str(path), "seed": p.request.seed} for path, p in zip(paths, pictures, strict=True)
+                ],
+                "model": {"name": first.model, "hash": first.model_hash},
+                "request": first.request.to_dict(),
+                "seconds": round(seconds, 3),
+                **more,
+            }
+        )
+        return 0
+    for path, p in zip(paths, pictures, strict=True):
+        print(f"{path}  seed {p.request.seed}")
+    if "trajectory" in more:
+        print(more["trajectory"])
+    parts = [f"model {first.model} ({first.model_hash[:12]})", f"{seconds:.1f} s", note]
+    print(", ".join(p for p in parts if p))
+    return 0
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value))
+
+
+def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}")
+            _print_facts(value, indent + "  ")
+        elif value is not None and value != "":
+            print(f"{indent}{key:<{18 - len(indent)}} {value}")

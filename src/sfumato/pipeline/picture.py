@@ -1,0 +1,286 @@
+"""A picture with the request that made it, as one PNG file that can be made again.
+
+The PNG holds two text chunks: "sfumato", a JSON record of request and model, and "parameters", the line that
+other tools read (AUTOMATIC1111's). A picture may be stored enlarged, each pixel as a square, so that small
+ones can be looked at; its own pixels are then every scale-th one of the file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from sfumato.errors import BadData, BadRequest, NoResources, SfumatoError
+from sfumato.pipeline.request import Request
+
+Pixels = NDArray[np.uint8]
+
+FORMAT = 1  # of the JSON record
+MAX_FILE = 64 << 20  # bytes
+MAX_PIXELS = 1 << 25
+MAX_SCALE = 64
+SHOWN = 256  # pixels of the longer side, at least, for a picture that is to be looked at
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Pixels, and all it takes to make them again.
+
+    Args:
+        pixels: uint8 (H, W, 3); of a grid, all of its pictures side by side.
+        request: the resolved request; n = 1, or the number of pictures in a grid.
+        model: name of the model that made it; ``model_hash`` is its file's SHA-256.
+        made_with: versions and threads that the bits may depend on.
+    """
+
+    pixels: Pixels
+    request: Request
+    model: str
+    model_hash: str
+    made_with: Mapping[str, str | int] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Image.Image:
+        """The pixels as a Pillow image."""
+        return Image.fromarray(self.pixels)
+
+    @property
+    def viewing_scale(self) -> int:
+        """The smallest whole factor at which a small picture can be looked at; 1 for others."""
+        return max(1, -(-SHOWN // max(self.pixels.shape[:2])))
+
+    def encode(self, scale: int = 1) -> bytes:
+        """Return the PNG file as bytes, each pixel drawn as a square of scale × scale."""
+        info = PngImagePlugin.PngInfo()
+        record = {
+            "format": FORMAT,
+            "request": self.request.to_dict(),
+            "model": {"name": self.model, "hash": self.model_hash},
+            "made_with": dict(self.made_with),
+            "scale": scale,
+        }
+        info.add_text("sfumato", json.dumps(record))
+        info.add_itxt("parameters", self.parameters())
+        file = io.BytesIO()
+        Image.fromarray(enlarge(self.pixels, scale)).save(file, "PNG", pnginfo=info)
+        return file.getvalue()
+
+    def save(self, path: str | os.PathLike[str], *, scale: int = 1, overwrite: bool = True) -> Path:
+        """Write the PNG all at once or not at all, and return its path.
+
+        Raises BadRequest for a path that cannot be written or, without ``overwrite``, exists.
+        """
+        path = Path(path)
+        write_file(path, self.encode(scale), overwrite=overwrite)
+        return path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Picture:
+        """Read a PNG that ``save`` wrote, at its own size.
+
+        Raises BadData for any other file, and for one whose pixels are no longer an exact enlargement.
+        """
+        stored = read(path)
+        if not np.array_equal(enlarge(stored.picture.pixels, stored.scale), stored.pixels):
+            raise BadData(f"{path}: its pixels were changed after it was made")
+        return stored.picture
+
+    def parameters(self) -> str:
+        """Return the request as the text that AUTOMATIC1111's web UI writes, which many tools read."""
+        r = self.request
+        settings = {
+            "Steps": r.steps,
+            "Sampler": _their_sampler(r.sampler),
+            "Schedule type": (r.spacing or "").capitalize(),
+            "CFG scale": r.guidance,
+            "Seed": r.seed,
+            "Size": f"{r.width}x{r.height}",
+            "Model hash": self.model_hash[:10],
+            "Model": self.model,
+            "Version": f"sfumato {self.made_with.get('sfumato', '')}".strip(),
+        }
+        lines = [r.prompt, f"Negative prompt: {r.negative}"] if r.negative else [r.prompt]
+        return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in settings.items())])
+
+    def _repr_png_(self) -> bytes:
+        """Show in notebooks."""
+        return self.encode(self.viewing_scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What a PNG file holds: the picture, the file's own pixels (H·scale, W·scale, 3), and the scale."""
+
+    picture: Picture
+    pixels: Pixels
+    scale: int
+
+
+def enlarge(pixels: Pixels, scale: int) -> Pixels:
+    """Draw each pixel (H, W, 3) as a square of scale × scale."""
+    if isinstance(scale, bool) or not isinstance(scale, int) or not 1 <= scale <= MAX_SCALE:
+        raise BadRequest(f"scale must be a whole number from 1 to {MAX_SCALE}, not {scale!r}")
+    return np.repeat(np.repeat(pixels, scale, axis=0), scale, axis=1)
+
+
+def sheet(pixels: Sequence[Pixels]) -> Pixels:
+    """Lay pictures (H, W, 3) of one size out in rows, as near to a square as can be; empty places are white."""
+    columns = math.ceil(math.sqrt(len(pixels)))
+    rows = math.ceil(len(pixels) / columns)
+    h, w, _ = pixels[0].shape
+    page = np.full((rows * h, columns * w, 3), 255, np.uint8)
+    for i, p in enumerate(pixels):
+        y, x = i // columns * h, i % columns * w
+        page[y : y + h, x : x + w] = p
+    return page
+
+
+def grid(pictures: Sequence[Picture]) -> Picture:
+    """Make one picture of all pictures of a request; saved, it can be replayed as one.
+
+    Raises BadRequest if they do not follow each other by seed with settings alike.
+    """
+    if not pictures:
+        raise BadRequest("a grid needs at least one picture")
+    first = pictures[0]
+    seed = first.request.seed
+    for i, p in enumerate(pictures):
+        follows = seed is not None and p.request == replace(first.request, seed=seed + i)
+        if not follows or p.model_hash != first.model_hash:
+            raise BadRequest("a grid is made of the pictures of one request: the same settings, seed after seed")
+    return replace(first, pixels=sheet([p.pixels for p in pictures]), request=replace(first.request, n=len(pictures)))
+
+
+def read(path: str | os.PathLike[str]) -> Stored:
+    """Read a PNG that ``Picture.save`` wrote; raises BadData, with the reason, for any other file."""
+    pixels, text = read_png(path)
+    if "sfumato" not in text:
+        raise BadData(f"{path}: no request inside; it was not made by sfumato, or its text was stripped")
+    try:
+        record = json.loads(text["sfumato"])
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise BadData(f"its record is of another format than {FORMAT}; a newer sfumato may read it")
+        model, scale, made_with = record["model"], record["scale"], record.get("made_with", {})
+        if not (isinstance(model["name"], str) and isinstance(model["hash"], str) and isinstance(made_with, dict)):
+            raise BadData("its record of the model is damaged")
+        if isinstance(scale, bool) or not isinstance(scale, int) or not 1 <= scale <= MAX_SCALE:
+            raise BadData("its record of the scale is damaged")
+        request = Request.from_dict(record["request"])
+        if pixels.shape[0] % scale or pixels.shape[1] % scale:
+            raise BadData(f"its sides are no multiples of its scale {scale}")
+    except SfumatoError as e:
+        raise BadData(f"{path}: {e}") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise BadData(f"{path}: its record is damaged") from e
+    picture = Picture(pixels[::scale, ::scale].copy(), request, model["name"], model["hash"], made_with)
+    return Stored(picture, pixels, scale)
+
+
+def is_png(path: str | os.PathLike[str]) -> bool:
+    """Tell by its first bytes whether a file is a PNG."""
+    with open(path, "rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def read_png(path: str | os.PathLike[str]) -> tuple[Pixels, dict[str, str]]:
+    """Return the pixels (H, W, 3) and text chunks of an RGB PNG.
+
+    Sizes are checked before anything is decoded. Raises BadData for what is damaged, foreign or a bomb.
+    """
+    try:
+        if os.path.getsize(path) > MAX_FILE:
+            raise BadData(f"{path}: larger than {MAX_FILE >> 20} MiB")
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadData(f"{path}: {image.width}x{image.height} pixels are more than are read")
+            if image.mode != "RGB" or getattr(image, "is_animated", False):
+                raise BadData(f"{path}: not a plain RGB picture")
+            image.load()
+            text: dict[str, Any] = getattr(image, "text", {})
+            return np.array(image), {k: str(v) for k, v in text.items()}
+    except FileNotFoundError as e:
+        raise BadData(f"{path}: no such file") from e
+    except IsADirectoryError as e:
+        raise BadData(f"{path}: a folder, not a picture") from e
+    except PermissionError as e:
+        raise BadData(f"{path}: not readable") from e
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        raise BadData(f"{path}: not a whole PNG ({e})") from e
+
+
+def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Write a file so that it is there whole or not at all: temporary file, fsync, rename, fsync of the folder.
+
+    Without ``overwrite`` a file that exists, even one made meanwhile, is left alone and BadRequest raised.
+    """
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.part"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _move_to_new(temporary, path)
+        _sync_folder(path.parent)
+    except FileExistsError as e:
+        raise BadRequest(f"{path} exists already; it is left as it is") from e
+    except OSError as e:
+        raise cannot_write(path, e) from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> SfumatoError:
+    """Return the error to raise when a path cannot be written."""
+    import errno
+
+    kind = NoResources if error.errno in (errno.ENOSPC, errno.EDQUOT) else BadRequest
+    return kind(f"cannot write {path}: {error.strerror or error}")
+
+
+def _move_to_new(temporary: Path, path: Path) -> None:
+    """Rename unless the target exists; a hard link fails where rename would replace."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(path, "x"):
+            pass
+        os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system whose folders cannot be opened
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def _their_sampler(name: str | None) -> str:
+    """The name by which other programs know a sampler, or our own."""
+    from sfumato.diffusion import find_sampler
+
+    if name is None:
+        return ""
+    aliases = [a for a in find_sampler(name).aliases if not a.endswith("Scheduler")]
+    return aliases[0] if aliases else name.upper() if len(name) < 5 else name.capitalize()

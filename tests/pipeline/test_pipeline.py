@@ -1,0 +1,237 @@
+"""The pipeline: a picture is decided by request and model alone, whatever is made beside it, in whatever thread."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sfumato.diffusion import PARAMETERIZATIONS, SAMPLERS, SCHEDULES, SPACINGS, Step
+from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.families.model import Model
+from sfumato.pipeline.picture import Picture
+from sfumato.pipeline.pipeline import Pipeline
+from sfumato.pipeline.request import Request
+
+WORDS = "a red apple"
+MAKERS = [name for name in SAMPLERS if name != "ddim-inversion"]
+
+
+def last_x(pipe: Pipeline, request: Request) -> torch.Tensor:
+    return [e.x for e in pipe.run(request) if isinstance(e, Step)][-1]
+
+
+def test_a_run_yields_its_steps_and_then_its_pictures(tiny: Model) -> None:
+    events = list(Pipeline(tiny).run(Request(WORDS, seed=5, n=3, steps=4)))
+    steps, pictures = events[:4], events[4:]
+    assert all(isinstance(s, Step) and s.x.shape == s.preview.shape == (3, 3, 16, 16) for s in steps)
+    assert steps[-1].level.sigma == 0
+    assert all(isinstance(p, Picture) and p.pixels.shape == (16, 16, 3) for p in pictures)
+    assert [p.request.seed for p in pictures] == [5, 6, 7]
+    assert all(p.request.n == 1 and p.request == p.request.resolve(tiny) for p in pictures)
+    assert pictures[0].model_hash == tiny.hash
+    assert "/" not in pictures[0].model
+
+
+def test_generate_takes_the_fields_of_request(tiny: Model) -> None:
+    pipe = Pipeline(tiny)
+    (a,), (b,) = pipe.generate(WORDS, seed=1, steps=3), pipe.generate(WORDS, seed=1, steps=3)
+    assert np.array_equal(a.pixels, b.pixels)
+    assert not np.array_equal(a.pixels, pipe.generate("a blue house", seed=1, steps=3)[0].pixels)
+    assert not np.array_equal(a.pixels, pipe.generate(WORDS, seed=2, steps=3)[0].pixels)
+    with pytest.raises(BadRequest, match="did you mean 'steps'"):
+        pipe.generate(WORDS, stepz=3)
+
+
+def test_a_bad_request_is_refused_before_the_first_step(tiny: Model) -> None:
+    pipe = Pipeline(tiny)
+    with pytest.raises(BadRequest):
+        pipe.run(Request(WORDS, steps=0))
+    with pytest.raises(BadRequest, match="has 5 steps"):
+        Pipeline(replace(tiny, schedule=SCHEDULES["linear"](steps=5))).run(Request(WORDS, steps=6))
+    noise_only = replace(tiny, schedule=SCHEDULES["flow"](), parameterization=PARAMETERIZATIONS["eps"])
+    with pytest.raises(BadRequest, match="cannot start from pure noise"):
+        Pipeline(noise_only).run(Request(WORDS))
+
+
+def test_initial_noise_is_of_unit_variance_and_belongs_to_its_seed(tiny: Model) -> None:
+    pipe = Pipeline(tiny)
+    noise = pipe.initial_noise(Request(WORDS, seed=10, n=8))
+    assert noise.shape == (8, 3, 16, 16)
+    assert noise.dtype == torch.float32
+    assert abs(noise.std() - 1) < 0.03
+    assert abs(noise.mean()) < 0.03
+    for n in (1, 2, 3, 5, 8):
+        assert torch.equal(pipe.initial_noise(Request("other words", seed=10, n=n)), noise[:n])
+    for i in range(8):
+        assert torch.equal(pipe.initial_noise(Request(WORDS, seed=10 + i))[0], noise[i])
+
+
+@pytest.mark.parametrize("schedule", ["flow", "exploding", "cosine"])
+def test_the_start_has_the_scale_of_the_first_level(tiny: Model, schedule: str) -> None:
+    model = replace(tiny, schedule=SCHEDULES[schedule](), parameterization=PARAMETERIZATIONS["v"])
+    seen: list[torch.Tensor] = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = tiny.network
+
+        def forward(self, x: torch.Tensor, clock: torch.Tensor, **words: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return self.network(x, clock, **words)
+
+    pipe = Pipeline(replace(model, network=Spy()))
+    list(pipe.run(Request(WORDS, seed=0, steps=2, guidance=1.0)))
+    first = SPACINGS["trailing"](model.schedule, 2)[0]
+    scale = (first.alpha**2 + first.sigma**2) ** 0.5
+    torch.testing.assert_close(seen[0], pipe.initial_noise(Request(WORDS, seed=0)) * scale)
+
+
+@pytest.mark.parametrize("sampler", MAKERS)
+def test_a_picture_is_the_same_to_the_bit_in_any_batch_and_slot(tiny: Model, sampler: str) -> None:
+    pipe = Pipeline(tiny)
+    request = Request(WORDS, seed=3, sampler=sampler, negative="rain", guidance_rescale=0.3)
+    whole = last_x(pipe, replace(request, n=5))
+    assert torch.equal(last_x(pipe, replace(request, n=2)), whole[:2])
+    for i in (0, 2, 4):
+        assert torch.equal(last_x(pipe, replace(request, seed=3 + i))[0], whole[i])
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp-2m", "ddpm", "dpmpp-sde"])
+def test_a_batched_network_changes_a_picture_by_rounding_only(tiny: Model, sampler: str) -> None:
+    single, batched = Pipeline(tiny), Pipeline(tiny, batch=8)
+    for n in (1, 2, 3, 5, 8):
+        request = Request(WORDS, seed=7, n=n, sampler=sampler)
+        assert (last_x(single, request) - last_x(batched, request)).abs().max() <= 1e-5
+
+
+def test_guidance_one_calls_the_network_without_a_doubled_batch(tiny: Model) -> None:
+    rows: list[int] = []
+    handle = tiny.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        list(Pipeline(tiny, batch=4).run(Request(WORDS, seed=0, n=3, steps=2, sampler="euler", guidance=1.0)))
+        assert rows == [3, 3]
+        rows.clear()
+        list(Pipeline(tiny, batch=4).run(Request(WORDS, seed=0, n=3, steps=2, sampler="euler", guidance=2.0)))
+        assert rows == [6, 6]
+        rows.clear()
+        interval = Request(WORDS, seed=0, steps=4, sampler="euler", guidance=2.0, guidance_interval=(0.5, 4.0))
+        list(Pipeline(tiny).run(interval))
+        assert rows == [1, 2, 2, 1]
+    finally:
+        handle.remove()
+
+
+def test_guidance_is_the_line_through_the_two_predictions(tiny: Model) -> None:
+    """With one step of Euler the picture is the predicted x0, so it must lie on that line."""
+    pipe = Pipeline(tiny)
+    one = Request(WORDS, seed=0, steps=1, sampler="euler", guidance=1.0)
+    words, nothing = last_x(pipe, one), last_x(pipe, replace(one, guidance=0.0))
+    torch.testing.assert_close(
+        last_x(pipe, replace(one, guidance=3.5)), nothing + 3.5 * (words - nothing), atol=1e-4, rtol=1e-4
+    )
+    rain = last_x(pipe, Request("rain", seed=0, steps=1, sampler="euler", guidance=1.0))
+    torch.testing.assert_close(
+        last_x(pipe, replace(one, guidance=3.5, negative="rain")), rain + 3.5 * (words - rain), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_inference_mode_stays_inside(tiny: Model) -> None:
+    for event in Pipeline(tiny).run(Request(WORDS, seed=0, n=2)):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+        if isinstance(event, Step):
+            assert not event.x.is_inference()
+            event.preview.add_(0)  # an inference tensor would refuse
+            weight = torch.ones(1, requires_grad=True)
+            (weight * event.x).sum().backward()
+            assert weight.grad is not None
+
+
+def test_threads_on_one_pipeline_do_not_meet(tiny: Model) -> None:
+    pipe = Pipeline(tiny)
+    requests = [Request(f"{WORDS} {i}", seed=i, sampler=MAKERS[i % len(MAKERS)], steps=2 + i % 3) for i in range(12)]
+    alone = [last_x(pipe, r) for r in requests]
+    with ThreadPoolExecutor(len(requests)) as threads:
+        together = list(threads.map(lambda r: last_x(pipe, r), requests))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_runs_that_are_interleaved_do_not_meet(tiny: Model) -> None:
+    pipe = Pipeline(tiny)
+    a, b = Request(WORDS, seed=1, sampler="dpmpp-sde"), Request("house", seed=2, sampler="plms")
+    pairs = list(zip(pipe.run(a), pipe.run(b), strict=True))
+    assert torch.equal(pairs[3][0].x, last_x(pipe, a))  # type: ignore[union-attr]
+    assert torch.equal(pairs[3][1].x, last_x(pipe, b))  # type: ignore[union-attr]
+
+
+def overflowing(limit: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A decoder whose float32 overflows, as an autoencoder's float16 does."""
+
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        return (x * limit) / limit
+
+    return decode
+
+
+def test_an_overflowing_decoder_is_tried_once_more_in_a_wider_type(tiny: Model) -> None:
+    expected = Pipeline(tiny).generate(WORDS, seed=0)[0]
+    retried = Pipeline(replace(tiny, decode=overflowing(3e38))).generate(WORDS, seed=0)[0]
+    assert np.abs(expected.pixels.astype(int) - retried.pixels).max() <= 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_picture_of_nan_is_an_error(tiny: Model, bad: float) -> None:
+    with pytest.raises(BadCheckpoint, match="NaN"):
+        Pipeline(replace(tiny, decode=lambda x: x * 0 + bad)).generate(WORDS, seed=0)
+
+
+def test_a_network_that_overflows_in_half_precision_is_called_again_in_full(tiny: Model) -> None:
+    class Narrow(torch.nn.Module):
+        """0.1·x by way of numbers that half precision lacks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.tensor(6e4), requires_grad=False)
+
+        def forward(self, x: torch.Tensor, clock: torch.Tensor, **words: torch.Tensor) -> torch.Tensor:
+            return x * self.factor * 100 / (self.factor * 100) * 0.1
+
+    wide = last_x(Pipeline(replace(tiny, network=Narrow())), Request(WORDS, seed=0))
+    narrow = last_x(Pipeline(replace(tiny, network=Narrow().half())), Request(WORDS, seed=0))
+    torch.testing.assert_close(wide, narrow, atol=1e-2, rtol=1e-2)
+
+
+def test_damaged_weights_give_an_error_and_no_picture(tiny: Model) -> None:
+    import copy
+
+    broken = copy.deepcopy(tiny.network)
+    next(broken.parameters()).data.fill_(float("nan"))
+    with pytest.raises(BadCheckpoint, match="weights are damaged"):
+        Pipeline(replace(tiny, network=broken)).generate(WORDS, seed=0)
+
+
+def test_ten_fresh_processes_make_the_same_bits(tiny: Model, tiny_file: Path) -> None:
+    code = (
+        "import sys, hashlib, sfumato\n"
+        "for e in sfumato.load(sys.argv[1]).run(sfumato.Request('a red apple', seed=1, n=2, sampler='dpmpp-sde')):\n"
+        "    x = getattr(e, 'x', None)\n"
+        "    last = last if x is None else hashlib.sha256(x.numpy().tobytes()).hexdigest()\n"
+        "print(last)"
+    )
+    x = last_x(Pipeline(tiny), Request(WORDS, seed=1, n=2, sampler="dpmpp-sde"))
+    threads = torch.get_num_threads()
+    for _ in range(2):  # ten in the full form
+        env: Any = {"OMP_NUM_THREADS": str(threads), "PATH": ""}
+        done = subprocess.run([sys.executable, "-c", code, tiny_file], capture_output=True, text=True, env=env)
+        assert done.stdout.strip() == hashlib.sha256(x.numpy().tobytes()).hexdigest(), done.stderr
