@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sfumato.data.pictures import load_pictures
 from sfumato.networks.unet import UNet
 from sfumato.text.tower import TextTower, train_tokenizer
-from sfumato.training.data import load_pictures
 from sfumato.training.denoiser import _texts
 from sfumato.training.objective import DenoisingObjective
 from sfumato.training.recipe import load_recipe

@@ -10,9 +10,9 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sfumato.data.pictures import Pictures
 from sfumato.families.native import Native, metadata
 from sfumato.text.tower import train_tokenizer
-from sfumato.training.data import Pictures
 from sfumato.training.objective import DenoisingObjective, Losses
 from sfumato.training.recipe import Recipe
 from sfumato.training.state import write_atomically

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sfumato.config import to_dict
+from sfumato.config import from_dict, to_dict
 from sfumato.errors import BadData
 from sfumato.training.ema import EMA
 from sfumato.training.objective import Losses, loss_by_level
@@ -140,6 +140,7 @@ def _settle_recipe(recipe: Recipe, run: Path) -> str:
     if path.exists():
         stored = json.loads(path.read_text())
         precision = stored.pop("resolved_precision")
+        stored = json.loads(json.dumps(to_dict(from_dict(Recipe, stored, str(path)))))  # settings newer than the run
         # How long a run goes on, and how often it is watched or saved, may change under way.
         free = ("steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads")
         differing = [k for k in plain if k not in free and plain[k] != stored.get(k)]

@@ -10,30 +10,9 @@ from typing import Any
 import yaml
 
 from sfumato.config import from_dict
+from sfumato.data.config import DataConfig
 from sfumato.errors import BadData
 from sfumato.families.native import NativeConfig
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which pictures, at which size, with which words.
-
-    Args:
-        path: folder, ``.parquet`` or ``.tar``; relative to the recipe's folder.
-        where, exclude: column → the value a row must have, or values it must not have.
-        weights: column → value → how often such a row is drawn, relative to 1.
-        captions: ``plain`` takes the caption as it is; ``template`` writes it anew each time from name,
-            style and tags; ``field:NAME`` takes a column.
-        dropout: share of captions left empty, for classifier-free guidance.
-        flip: whether pictures may be mirrored.
-    """
-
-    path: str = ""
-    where: Mapping[str, Any] = field(default_factory=dict)
-    exclude: Mapping[str, list[Any]] = field(default_factory=dict)
-    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    captions: str = "plain"
-    dropout: float = 0.1
-    flip: bool = False
 
 
 @dataclass(frozen=True)

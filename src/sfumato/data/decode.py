@@ -1,0 +1,143 @@
+"""Encoded pictures of any kind into RGB, safely: a picture's size is judged before a pixel is decoded."""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageCms, ImageColor, ImageOps
+
+MAX_BYTES = 256 << 20
+MAX_PIXELS = 100_000_000
+MAX_ASPECT = 32
+# Formats with pixels in them; others that Pillow can open run programs (EPS) or have no signature (TGA).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
+SUFFIXES = frozenset(
+    [".png", ".apng", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm"]
+    + [".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".qoi"]
+)
+UNSUPPORTED = frozenset(
+    [".heic", ".heif", ".svg", ".svgz", ".psd", ".eps", ".tga", ".ico", ".jxl", ".exr", ".hdr", ".dng", ".cr2"]
+    + [".nef", ".arw", ".raw"]
+)
+
+
+class PictureError(Exception):
+    """A picture that cannot be used; the message is the reason."""
+
+
+def decode(data: bytes, background: str = "white") -> Image.Image:
+    """Return the first frame of an encoded picture as upright RGB, transparency laid on a background.
+
+    Raises PictureError, with the reason, for anything that is no whole picture of at most ``MAX_PIXELS`` pixels.
+    """
+    if not data:
+        raise PictureError("the file is empty")
+    if len(data) > MAX_BYTES:
+        raise PictureError(f"{len(data) >> 20} MiB is more than the {MAX_BYTES >> 20} MiB a picture may have")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own remarks on sizes and metadata; ours follow
+            image = Image.open(io.BytesIO(data), formats=_formats())
+            _check_size(*image.size)
+            image.load()
+            _check_size(*image.size)
+            return _rgb(_upright(image), background)
+    except PictureError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise PictureError(_what_else(data)) from None
+    except Image.DecompressionBombError:
+        raise PictureError(f"it has more than {MAX_PIXELS // 1_000_000} million pixels") from None
+    except Exception as e:  # damaged files make decoders raise errors of every type
+        text = str(e) or type(e).__name__
+        raise PictureError(f"damaged or cut off ({text[:100]})") from None
+
+
+def fit(image: Image.Image, size: int, crop: str, background: str = "white") -> Image.Image:
+    """Bring an RGB picture to ``size`` × ``size``; with crop ``random`` only its shorter side, to be cut later."""
+    w, h = image.size
+    if max(w, h) > MAX_ASPECT * min(w, h):
+        raise PictureError(f"{w}×{h} is too long and narrow")
+    if (w, h) == (size, size):
+        return image
+    lanczos = Image.Resampling.LANCZOS
+    if crop == "pad":
+        scale = min(1.0, size / max(w, h))
+        if scale < 1:
+            image = image.resize((max(1, round(w * scale)), max(1, round(h * scale))), lanczos)
+        canvas = Image.new("RGB", (size, size), ImageColor.getrgb(background))
+        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        return canvas
+    short = min(w, h)
+    if crop == "random" and w != h:
+        return image.resize((round(w * size / short), round(h * size / short)), lanczos)
+    left, top = (w - short) / 2, (h - short) / 2
+    return image.resize((size, size), lanczos, box=(left, top, left + short, top + short))
+
+
+def to_array(image: Image.Image, channels: int = 3) -> np.ndarray:
+    """Return an RGB picture as uint8 (channels, H, W), with 3 channels or grey as 1."""
+    if channels == 1:
+        return np.array(image.convert("L"))[None]
+    return np.array(image).transpose(2, 0, 1)
+
+
+def _check_size(w: int, h: int) -> None:
+    if w * h > MAX_PIXELS:
+        raise PictureError(f"{w}×{h} is more than the {MAX_PIXELS // 1_000_000} million pixels a picture may have")
+    if w < 1 or h < 1:
+        raise PictureError(f"{w}×{h} has no pixels")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a picture with broken EXIF is a picture without EXIF
+        return image
+
+
+def _rgb(image: Image.Image, background: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.float64)))
+    elif image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Numbers of unsaid range: up to 1, up to 255 or up to 65535, whichever is the first to hold them all."""
+    top = float(values.max(initial=0.0))
+    if not np.isfinite(values).all():
+        raise PictureError("its pixels are not finite numbers")
+    white = next((w for w in ((1.0,) if values.dtype.kind == "f" and top <= 1 else (255.0, 65535.0)) if top <= w), top)
+    return (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(f for f in FORMATS if f in Image.OPEN)
+
+
+def _what_else(data: bytes) -> str:
+    start = data[:512].lstrip().lower()
+    for mark, kind in ((b"<svg", "an SVG drawing"), (b"<?xml", "an XML file"), (b"<", "an HTML page"),
+                       (b"%pdf", "a PDF"), (b"pk\x03\x04", "a zip file"), (b"{", "JSON text")):  # fmt: skip
+        if start.startswith(mark):
+            return f"not a picture but {kind}"
+    if data[4:8] == b"ftyp":
+        return "a HEIC picture or a video: convert it to PNG or JPEG"
+    if not any(data[:512]):
+        return "not a picture: its bytes are zero"
+    return "not a picture of a known kind, or damaged at its start"

@@ -1,0 +1,276 @@
+"""Captioned pictures behind one random-access index.
+
+Which picture comes when, with which words and which crop, is a pure function of (seed, epoch, place):
+the same for any number of workers, and free to be taken up anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.data.captions import caption_problem, check_columns, write_caption
+from sfumato.data.config import DataConfig
+from sfumato.data.decode import PictureError, decode, fit, to_array
+from sfumato.data.report import Bad, Report
+from sfumato.data.sources import Record, Source, open_source, printable
+from sfumato.errors import BadData, NoResources, nearest
+
+Row = Mapping[str, Any]
+
+
+class Images(Protocol):
+    """Pictures by index, uint8 (C, H, W): a tensor, a list, or ``LazyImages``."""
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures (B, C, H, W) in [−1, 1] and their captions."""
+
+    x0: Tensor
+    captions: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """All pictures of a data set at training size: uint8 (N, C, H, W), rows of columns, draw weights (N,).
+
+    Under random crops pictures are longer than wide, or wider than long, until they are drawn.
+    """
+
+    images: Images
+    rows: Sequence[Row]
+    weights: np.ndarray
+    config: DataConfig
+    report: Report | None = None
+    _orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def caption(self, index: int, rng: random.Random) -> str:
+        """Write the words for one picture."""
+        return write_caption(self.rows[index], self.config.captions, self.config.dropout, rng)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the indices of one epoch: a permutation in which weights set how often each is drawn.
+
+        Systematic sampling keeps every epoch at round(Σ weights) pictures, each drawn ⌊w⌋ or ⌈w⌉ times.
+        """
+        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        edges = np.cumsum(self.weights)
+        count = self.epoch_length
+        points = (np.arange(count) + rng.random()) * edges[-1] / count
+        chosen = np.searchsorted(edges, points, side="right").clip(max=len(self) - 1)
+        return rng.permutation(chosen)
+
+    @property
+    def epoch_length(self) -> int:
+        """Pictures in one epoch."""
+        return max(1, round(float(self.weights.sum())))
+
+    def batch(self, seed: int, step: int, size: int) -> Batch:
+        """Return the pictures and captions of one training step."""
+        return self.take(seed, range(step * size, (step + 1) * size))
+
+    def take(self, seed: int, places: Iterable[int]) -> Batch:
+        """Return what stands at some places of the endless order; ranks of one step take a slice of its range each."""
+        images: list[Tensor] = []
+        captions: list[str] = []
+        for place in places:
+            epoch, within = divmod(place, self.epoch_length)
+            index = int(self._order(seed, epoch)[within])
+            rng = random.Random(f"{seed}/{place}")
+            captions.append(self.caption(index, rng))
+            image = self.images[index]
+            if self.config.flip and rng.random() < 0.5:
+                image = image.flip(-1)
+            images.append(_window(image, rng))
+        return Batch(torch.stack(images).float() / 127.5 - 1, captions)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all pictures, columns and weights, to tell whether data have changed since a run began."""
+        digest = hashlib.sha256(self.weights.tobytes())
+        for i, row in enumerate(self.rows):
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            digest.update(self.images[i].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        if (seed, epoch) not in self._orders:
+            while len(self._orders) > 1:  # a step touches two epochs at most, unless they are tiny
+                del self._orders[next(iter(self._orders))]
+            self._orders[seed, epoch] = self.order(seed, epoch)
+        return self._orders[seed, epoch]
+
+
+class LazyImages:
+    """Pictures that are decoded when they are drawn."""
+
+    def __init__(self, records: Sequence[Record], config: DataConfig, size: int, channels: int):
+        self.records, self.config, self.size, self.channels = records, config, size, channels
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return torch.from_numpy(_load(self.records[index], self.config, self.size, self.channels))
+        except PictureError as e:
+            name = printable(self.records[index].name)
+            raise BadData(f"{name} was whole when the run began, and is not any more: {e}") from None
+
+
+def load_pictures(
+    config: DataConfig,
+    size: int,
+    root: Path,
+    *,
+    channels: int = 3,
+    on_report: Callable[[Report], None] = lambda _: None,
+) -> Pictures:
+    """Read a data set's pictures at a square size.
+
+    Bad pictures and captions are listed in a report, which is handed to ``on_report`` before any of it is refused.
+    Raises BadData where nothing usable is left or too much is bad; NoResources if the pictures do not fit in memory.
+    """
+    path = config.resolve(root)
+    source = open_source(path)
+    records = _choose(source, config)
+    if config.lazy and not source.seekable:
+        raise BadData(f"{printable(str(path))}: data.lazy needs a folder of pictures or tar shards, not parquet")
+    if not config.lazy:
+        _check_memory(len(records) * channels * size * size, len(records), size, config)
+
+    bad: list[Bad] = []
+    good: list[Record] = []
+    images: list[Tensor] = []
+    whole = torch.empty((0 if config.lazy or config.crop == "random" else len(records), channels, size, size),
+                        dtype=torch.uint8)  # fmt: skip
+    for record in _watched(records):
+        try:
+            if reason := problem(record, config.captions):
+                raise PictureError(reason)
+            image = torch.from_numpy(_load(record, config, size, channels))
+        except PictureError as e:
+            bad.append(Bad(record.name, str(e)))
+            continue
+        if len(whole):
+            whole[len(good)] = image
+        elif not config.lazy:
+            images.append(image)
+        good.append(record)
+    report = Report(path, len(records), tuple(bad), len(source.records) - len(records))
+    on_report(report)
+    report.require(config.bad_limit)
+
+    rows = [record.row for record in good]
+    weights = np.array([_weight(row, config) for row in rows], dtype=np.float64)
+    if not weights.sum() > 0:
+        raise BadData(f"{printable(str(path))}: data.weights leave nothing to draw")
+    found: Images = LazyImages(good, config, size, channels) if config.lazy else images or whole[: len(good)]
+    return Pictures(found, rows, weights, config, report)
+
+
+def problem(record: Record, captions: str) -> str | None:
+    """Return what is wrong with a record that does not show in its pixels, or None."""
+    if record.problem:
+        return record.problem
+    found = caption_problem(record.row, captions)
+    if found and record.caption_problem and "caption" not in record.row:
+        return f"no caption: {record.caption_problem}"
+    return found
+
+
+def _load(record: Record, config: DataConfig, size: int, channels: int) -> np.ndarray:
+    return to_array(fit(decode(record.read(), config.background), size, config.crop, config.background), channels)
+
+
+def _window(image: Tensor, rng: random.Random) -> Tensor:
+    """Cut a square of the shorter side's length out of (C, H, W), anywhere."""
+    h, w = image.shape[-2:]
+    if h == w:
+        return image
+    side = min(h, w)
+    top, left = rng.randint(0, h - side), rng.randint(0, w - side)
+    return image[:, top : top + side, left : left + side]
+
+
+def _check_memory(size: int, count: int, side: int, config: DataConfig) -> None:
+    if size > config.memory * 1e9:
+        raise NoResources(
+            f"{count:,} pictures at {side}×{side} take {size / 1e9:.1f} GB of memory, more than data.memory="
+            f"{config.memory:g}: raise it, choose fewer with data.where, or set data.lazy=true"
+        )
+
+
+def _watched(records: list[Record]) -> Iterable[Record]:
+    if not sys.stderr.isatty() or len(records) < 1000:
+        return records
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(records, "reading pictures", console=Console(stderr=True), transient=True)
+
+
+# ── choosing ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _choose(source: Source, config: DataConfig) -> list[Record]:
+    """Return the records that where and exclude leave; a record that is bad already stays, so that it is counted."""
+    where = printable(str(source.path))
+    for setting in ("where", "exclude", "weights"):
+        for column in getattr(config, setting):
+            _check_column(source, setting, column)
+    for column, value in config.where.items():
+        _check_values(source, column, value if isinstance(value, list) else [value])
+    records = [r for r in source.records if r.problem or _wanted(r.row, config)]
+    if not any(not r.problem for r in records) and (config.where or config.exclude):
+        raise BadData(f"{where}: no picture is left after where={dict(config.where)} exclude={dict(config.exclude)}")
+    if not records:
+        raise BadData(f"{where}: no pictures")
+    usable = [r for r in records if not r.problem]
+    if usable and not any(r.caption_problem for r in usable):
+        check_columns(source.columns, config.captions, where)
+    return records
+
+
+def _check_column(source: Source, setting: str, column: str) -> None:
+    if column not in source.columns:
+        raise BadData(
+            f"{printable(str(source.path))}: data.{setting} names the column {column!r}, which is missing"
+            f"{nearest(column, source.columns)}; there are {', '.join(source.columns) or 'none'}"
+        )
+
+
+def _check_values(source: Source, column: str, values: list[Any]) -> None:
+    """A wanted value that no row has is a slip of the pen."""
+    present = [v for r in source.records if (v := r.row.get(column)) is not None]
+    for value in values:
+        if value not in present:
+            known = sorted({str(v) for v in present})
+            listing = f"; there are {', '.join(known)}" if len(known) <= 12 else ""
+            near = nearest(str(value), known)
+            raise BadData(f"{printable(str(source.path))}: data.where: no row has {column}={value!r}{near}{listing}")
+
+
+def _wanted(row: Row, config: DataConfig) -> bool:
+    return all(
+        row.get(k) in v if isinstance(v, list) else row.get(k) == v for k, v in config.where.items()
+    ) and not any(row.get(k) in values for k, values in config.exclude.items())
+
+
+def _weight(row: Row, config: DataConfig) -> float:
+    weight = 1.0
+    for column, table in config.weights.items():
+        weight *= table.get(str(row.get(column)), 1.0)
+    return weight
