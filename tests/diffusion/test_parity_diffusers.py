@@ -163,7 +163,7 @@ def test_dpm_solver_multistep(path, name, settings):
 def test_dpm_solver_singlestep(path):
     """Theirs takes the middle level from its path, ours between two levels of it."""
     levels = []
-    for p, q in zip(path[:-2], path[1:-1], strict=True):
+    for p, q in pairwise(path[:-1]):
         levels += [p, path.between(p, q, (p.log_snr + q.log_snr) / 2)]
     levels += path[-2:]
     scheduler = diffusers.DPMSolverSinglestepScheduler(**SD, solver_order=2, final_sigmas_type="zero")
