@@ -169,5 +169,9 @@ class UNet(nn.Module):
         for layer in self.middle:
             h = layer(h, embedding, context, mask)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], 1), embedding, context, mask) if isinstance(layer, Stage) else layer(h)
+            h = (
+                layer(torch.cat([h, skips.pop()], 1), embedding, context, mask)
+                if isinstance(layer, Stage)
+                else layer(h)
+            )
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch)

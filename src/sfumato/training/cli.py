@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sfumato.training.recipe import Recipe
+    from sfumato.training.world import World
 
 
 def main(argv: list[str]) -> int:
@@ -37,6 +42,16 @@ def main(argv: list[str]) -> int:
         recipe = replace(recipe, data=replace(recipe.data, path=path))
     run = Path(args.run) if args.run else Path("runs") / recipe.name
 
+    from sfumato.training.world import joined
+
+    with joined(recipe.device) as world:
+        final = _train(recipe, root, run, world)
+        if world.main:
+            print(final)
+    return 0
+
+
+def _train(recipe: Recipe, root: Path, run: Path, world: World) -> Path:
     import torch
 
     from sfumato.data.pictures import load_pictures
@@ -48,11 +63,11 @@ def main(argv: list[str]) -> int:
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    progress = Progress(recipe.log_every)
+    progress = Progress(recipe.log_every, quiet=not world.main)
 
     def report(found: Report) -> None:
         listing = run / "bad.jsonl"
-        if found.bad:
+        if found.bad and world.main:
             run.mkdir(parents=True, exist_ok=True)
             write_atomically(listing, found.to_jsonl())
         progress.note(found.summary(listing))
@@ -60,9 +75,7 @@ def main(argv: list[str]) -> int:
     channels = recipe.model.network.in_channels
     pictures = load_pictures(recipe.data, recipe.model.size, root, channels=channels, on_report=report)
     progress.note(f"{pictures.epoch_length} drawn per epoch")
-    task = DenoiserTask(recipe, pictures, run)
+    task = DenoiserTask(recipe, pictures, run, world)
     parameters = sum(p.numel() for p in task.module.parameters())
     progress.note(f"{parameters / 1e6:.2f} million parameters; run in {run}")
-    final = train(task, recipe, run, progress)
-    print(final)
-    return 0
+    return train(task, recipe, run, progress, world)

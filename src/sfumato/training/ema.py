@@ -1,4 +1,4 @@
-"""The exponential moving average of weights that sampling uses."""
+"""The exponential moving averages of weights that sampling uses."""
 
 from __future__ import annotations
 
@@ -7,19 +7,35 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Averages of a module's parameters and buffers: e ← d·e + (1−d)·w, with d warmed up as (1+n)/(10+n)."""
+    """Averages of a module's state: e ← d·e + (1−d)·w, with d warmed up as min(d, (1+n)/(10+n)).
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.average = {k: v.detach().clone().float() for k, v in module.state_dict().items()}
+    Args:
+        decays: one average is kept for each.
+    """
+
+    def __init__(self, module: nn.Module, decays: tuple[float, ...]):
+        self.decays = decays
+        self.averages = [{k: v.detach().clone().float() for k, v in module.state_dict().items()} for _ in decays]
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Take in the weights after training step ``step`` (counted from 0)."""
-        d = min(self.decay, (1 + step) / (10 + step))
+        """Take in the weights after training step ``step``, counted from 0."""
         new = [v.detach().float() for v in module.state_dict().values()]
-        torch._foreach_lerp_(list(self.average.values()), new, 1 - d)
+        for decay, average in zip(self.decays, self.averages, strict=True):
+            d = min(decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.values()), new, 1 - d)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the averaged state dict."""
-        return self.average
+    @property
+    def first(self) -> dict[str, Tensor]:
+        """The average that is sampled from and shipped."""
+        return self.averages[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All averages under flat names."""
+        return {f"{i}.{k}": v for i, average in enumerate(self.averages) for k, v in average.items()}
+
+    def restore(self, flat: dict[str, Tensor]) -> None:
+        """Put back what ``tensors`` took."""
+        for name, v in flat.items():
+            i, key = name.split(".", 1)
+            self.averages[int(i)][key].copy_(v)

@@ -1,63 +1,85 @@
-"""The training loop. It knows no diffusion: a task gives the losses of a step, the loop does the rest.
+"""The training loop. It knows no diffusion: a task gives the losses of some places, the loop does the rest.
 
-Every step is a pure function of (recipe, step, weights): its random numbers are seeded by its own number,
-so a run that was killed and taken up again ends in the same bytes as one that was not.
+    place p = step · batch + i       the endless order of pictures, cut into steps, ranks and micro-batches
+
+Everything random at a place is a function of (seed, place), and every step of (recipe, step, weights). So a run that
+was killed and taken up again ends in the same bytes as one that was not, and ranks or accumulation change
+nothing but rounding.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.config import from_dict, to_dict
+from sfumato.config import to_dict
 from sfumato.errors import BadData
+from sfumato.files import write_atomically
 from sfumato.training.ema import EMA
 from sfumato.training.objective import Losses, loss_by_level
+from sfumato.training.optimizers import build_optimizers, restore, tensors_of
 from sfumato.training.progress import Progress
 from sfumato.training.recipe import OptimizerConfig, Recipe
-from sfumato.training.state import Checkpoint, load_newest, save_checkpoint, write_atomically
+from sfumato.training.runlog import RunLog
+from sfumato.training.state import Checkpoint, load_newest, save_checkpoint
+from sfumato.training.world import World
 
 BAD_STEPS_ALLOWED = 10  # non-finite steps in a row before a run gives up
 
 
 class Task(Protocol):
-    """What is trained: a module, the losses of a step, and what to make of the averaged weights."""
+    """What is trained: a module, how to fetch a micro-batch, its losses, and what to make of averaged weights."""
 
     @property
-    def module(self) -> nn.Module: ...
+    def module(self) -> nn.Module:
+        """The module whose parameters are learned."""
+        ...
 
-    def losses(self, step: int, generator: torch.Generator) -> Losses: ...
+    def fetch(self, places: range) -> Any:
+        """Prepare the micro-batch at some places of the endless order; called from any thread."""
+        ...
 
-    def export(self, weights: Mapping[str, Tensor], path: Path) -> None: ...
+    def losses(self, module: Callable[..., Tensor], batch: Any) -> Losses:
+        """Return each picture's loss; ``module`` is the task's own, possibly wrapped or compiled."""
+        ...
 
-    def grid(self, weights: Mapping[str, Tensor], path: Path) -> None: ...
+    def export(self, weights: Mapping[str, Tensor], path: Path) -> None:
+        """Write a model file from averaged weights."""
+        ...
+
+    def grid(self, weights: Mapping[str, Tensor], path: Path) -> None:
+        """Draw samples from averaged weights."""
+        ...
+
+
+class Stopped(SystemExit):
+    """A run that a signal ended after saving its state; its code is the shell's, 128 + the signal's number."""
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Warm up linearly, stay, then fall linearly to zero over the last share of the run."""
+    """Share of the full rate: warm up linearly, stay, then fall linearly to zero over the last share of the run."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     cool = min(1.0, (steps - step) / max(1.0, config.decay * steps))
-    return config.rate * min(warm, cool)
+    return min(warm, cool)
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices and convolutions are decayed, gains, biases and embeddings are not."""
-    decayed = [p for n, p in module.named_parameters() if p.ndim >= 2 and "tokens" not in n and "positions" not in n]
-    chosen = {id(p) for p in decayed}
-    others = [p for p in module.parameters() if id(p) not in chosen]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, fused=True)
-
-
-def bf16_pays(n: int = 1024) -> bool:
-    """Measure whether this CPU multiplies matrices at least 1.5 times faster in bf16 than in fp32."""
+def bf16_pays(device: torch.device, n: int = 1024) -> bool:
+    """Measure whether this machine multiplies matrices at least 1.5 times faster in bf16 than in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.randn(n, n).to(dtype)
@@ -71,125 +93,183 @@ def bf16_pays(n: int = 1024) -> bool:
     return seconds(torch.bfloat16) * 1.5 < seconds(torch.float32)
 
 
-def train(task: Task, recipe: Recipe, run: Path, progress: Progress) -> Path:
+def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: World = World()) -> Path:  # noqa: B008
     """Run or resume a training run in a folder, and return the path of its final weights.
 
-    Raises BadData when the folder holds a run of another recipe, or after too many non-finite steps in a row.
+    Raises BadData when the folder holds a run of another recipe, or after too many non-finite steps in a row;
+    Stopped when SIGTERM or SIGINT ended it, its state saved.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    precision = _settle_recipe(recipe, run)
-    final = run / "final.safetensors"
-    module = task.module
-    optimizer = build_optimizer(module, recipe.optimizer)
+    parts = world.size * recipe.accumulate
+    if recipe.batch % parts:
+        raise BadData(f"recipe: batch {recipe.batch} cannot be cut into {world.size} ranks × {recipe.accumulate} parts")
+    precision = _settle_recipe(recipe, run, world)
+    module = task.module.to(world.device)
+    optimizers = build_optimizers(module, recipe.optimizer)
     ema = EMA(module, recipe.ema)
-    checkpoint = load_newest(run / "checkpoints", progress.warn)
     start = 0
-    if checkpoint is not None:
+    if (checkpoint := load_newest(run / "checkpoints", progress.warn)) is not None:
         start = checkpoint.step
-        _restore(checkpoint, module, ema, optimizer)
+        _restore(checkpoint, module, ema, optimizers)
         progress.note(f"resuming at step {start}")
-    _trim_log(run / "log.jsonl", start)
+    rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    wrapped = world.wrap(module)
+    network = torch.compile(wrapped) if recipe.compile else wrapped
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def save(done: int) -> None:
+        if world.main:
+            save_checkpoint(run / "checkpoints", _snapshot(done, module, ema, optimizers), recipe.keep)
+        world.barrier()
 
     module.train()
     bad = 0
-    with progress.running(recipe.steps, start), (run / "log.jsonl").open("a") as log:
+    log = RunLog(run, start, recipe.tensorboard) if world.main else None
+    batches = _batches(task, recipe, world, start)
+    with progress.running(recipe.steps, start), _stop_signal() as stop, log or nullcontext():
         for step in range(start, recipe.steps):
-            seed = _step_seed(recipe.seed, step)
-            torch.manual_seed(seed)  # dropout
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe.optimizer, step, recipe.steps)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                losses = task.losses(step, torch.Generator().manual_seed(seed))
-            loss = losses.loss.mean()
-            value = float(loss.detach())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.manual_seed((recipe.seed * 1_000_003 + step) % (1 << 63))  # dropout
+            share = learning_rate(recipe.optimizer, step, recipe.steps)
+            for optimizer, full in zip(optimizers, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, full, strict=True):
+                    group["lr"] = rate * share
+                optimizer.zero_grad(set_to_none=True)
+            value = 0.0
+            for part in range(recipe.accumulate):
+                last = part + 1 == recipe.accumulate
+                with nullcontext() if last or world.size == 1 else wrapped.no_sync():  # type: ignore[operator]
+                    with autocast:
+                        losses = task.losses(network, next(batches))
+                    loss = losses.loss.mean() / recipe.accumulate
+                    loss.backward()
+                value += float(loss.detach())
             norm = float(nn.utils.clip_grad_norm_(module.parameters(), recipe.optimizer.clip))
-            if math.isfinite(norm) and math.isfinite(value):
-                optimizer.step()
+            if math.isfinite(norm) and not world.any(not math.isfinite(value)):
+                for optimizer in optimizers:
+                    optimizer.step()
                 ema.update(module, step)
                 bad = 0
             else:
                 bad += 1
                 progress.warn(f"step {step}: loss {value}, gradient norm {norm}: not applied")
                 if bad >= BAD_STEPS_ALLOWED:
-                    raise BadData(f"{bad} steps in a row gave no finite gradient; the last good checkpoint is kept in {run}")
+                    raise BadData(
+                        f"{bad} steps in a row gave no finite gradient; the last good checkpoint is kept in {run}"
+                    )
             done = step + 1
-            progress.step(done, value, recipe.batch)
-            if done % recipe.log_every == 0:
-                record = {"step": done, "loss": value, "norm": norm, "by_level": loss_by_level(losses),
-                          "rate": optimizer.param_groups[0]["lr"], "pictures_per_second": progress.rate}  # fmt: skip
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-            if done % recipe.checkpoint_every == 0 or done == recipe.steps:
-                save_checkpoint(run / "checkpoints", _snapshot(done, module, ema, optimizer), recipe.keep)
-            if recipe.grid_every and (done % recipe.grid_every == 0 or done == recipe.steps):
-                task.grid(ema.state(), run / f"grid-{done:08d}.png")
-    task.export(ema.state(), final)
+            levels = loss_by_level(losses)
+            progress.step(done, value, levels, recipe.batch)
+            if log and done % recipe.log_every == 0:
+                log.write(done, {"loss": value, "norm": norm, "by_level": levels, "rate_share": share,
+                                 "pictures_per_second": progress.rate, "memory_mb": progress.memory})  # fmt: skip
+            stopping = world.any(bool(stop))
+            if done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping:
+                save(done)
+            if stopping and done < recipe.steps:
+                progress.note(f"stopped after step {done}; the same command goes on from there")
+                raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
+            if world.main and recipe.grid_every and (done % recipe.grid_every == 0 or done == recipe.steps):
+                task.grid(ema.first, run / f"grid-{done:08d}.png")
+    final = run / "final.safetensors"
+    if world.main:
+        task.export(ema.first, final)
+        for decay, average in list(zip(ema.decays, ema.averages, strict=True))[1:]:
+            task.export(average, run / f"final-ema-{decay:g}.safetensors")
+    world.barrier()
     return final
 
 
-def _step_seed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step) % (1 << 63)
+def _batches(task: Task, recipe: Recipe, world: World, start: int) -> Iterator[Any]:
+    """Yield this rank's micro-batches from a step on; with workers, prepared ahead in the same order."""
+    size = recipe.batch // (world.size * recipe.accumulate)
+
+    def places() -> Iterator[range]:
+        for step in range(start, recipe.steps):
+            for part in range(recipe.accumulate):
+                first = step * recipe.batch + (world.rank * recipe.accumulate + part) * size
+                yield range(first, first + size)
+
+    if recipe.workers == 0:
+        yield from map(task.fetch, places())
+        return
+    ahead: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(recipe.workers) as pool:
+        try:
+            for where in places():
+                ahead.append(pool.submit(task.fetch, where))
+                if len(ahead) > 2 * recipe.workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
-def _settle_recipe(recipe: Recipe, run: Path) -> str:
+@contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """Collect the first SIGTERM or SIGINT instead of dying of it; a second SIGINT interrupts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _settle_recipe(recipe: Recipe, run: Path, world: World) -> str:
     """Store the resolved recipe at a run's start, refuse another one later, and return the precision in force."""
     path = run / "recipe.json"
     plain = json.loads(json.dumps(to_dict(recipe)))
-    if path.exists():
-        stored = json.loads(path.read_text())
-        precision = stored.pop("resolved_precision")
-        stored = json.loads(json.dumps(to_dict(from_dict(Recipe, stored, str(path)))))  # settings newer than the run
-        # How long a run goes on, and how often it is watched or saved, may change under way.
-        free = ("steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads")
-        differing = [k for k in plain if k not in free and plain[k] != stored.get(k)]
-        if differing:
-            raise BadData(f"{run} holds a run of another recipe (differs in {', '.join(differing)}): use another --run folder")
-        return precision
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bf16" if bf16_pays() else "fp32"
-    elif precision not in ("bf16", "fp32"):
-        raise BadData(f"recipe: precision is auto, bf16 or fp32, not {precision!r}")
-    write_atomically(path, json.dumps({**plain, "resolved_precision": precision}, indent=1).encode())
-    return precision
+    if world.main:
+        run.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            stored = _read_json(path)
+            # How long a run goes on, on what, and how often it is watched or saved may change under way.
+            free = {"steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads",
+                    "workers", "accumulate", "compile", "device", "tensorboard"}  # fmt: skip
+            differing = [k for k in plain if k not in free and plain[k] != stored.get(k)]
+            if differing:
+                raise BadData(
+                    f"{run} holds a run of another recipe (differs in {', '.join(differing)}): use another --run folder"
+                )
+            precision = stored["resolved_precision"]
+        else:
+            precision = recipe.precision
+            if precision == "auto":
+                precision = "bf16" if bf16_pays(world.device) else "fp32"
+        write_atomically(path, json.dumps({**plain, "resolved_precision": precision}, indent=1).encode())
+    world.barrier()
+    return _read_json(path)["resolved_precision"]
 
 
-def _snapshot(step: int, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Checkpoint:
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise BadData(f"{path} cannot be read ({e}): use another --run folder") from None
+
+
+def _snapshot(step: int, module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> Checkpoint:
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    return Checkpoint(step, tensors, {})
+    tensors |= {f"ema.{k}": v for k, v in ema.tensors().items()}
+    tensors |= {f"optimizer.{k}": v for k, v in tensors_of(optimizers).items()}
+    return Checkpoint(step, tensors, {"version": version("sfumato")})
 
 
-def _restore(checkpoint: Checkpoint, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+def _restore(checkpoint: Checkpoint, module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
 
     module.load_state_dict(part("model."))
-    for k, v in part("ema.").items():
-        ema.average[k].copy_(v)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states: dict[int, dict[str, Any]] = {}
-    for name, v in part("optimizer.").items():
-        i, key = name.split(".", 1)
-        # The fused AdamW walks memory in order: moments must be laid out as their parameter is.
-        laid = v if v.ndim == 0 else torch.empty_like(parameters[int(i)]).copy_(v)
-        states.setdefault(int(i), {})[key] = laid
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-
-
-def _trim_log(path: Path, start: int) -> None:
-    """Drop lines that a killed run wrote after its last checkpoint, so that no step is logged twice."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if _logged_step(line) <= start]
-        write_atomically(path, "".join(line + "\n" for line in lines).encode())
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut off by a kill
-        return math.inf
+    ema.restore(part("ema."))
+    restore(optimizers, part("optimizer."))

@@ -30,12 +30,12 @@ class Losses:
     place: Tensor
 
 
-def _uniform(config: ObjectiveConfig, n: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(n, generator=generator)
+def _uniform(config: ObjectiveConfig, u: Tensor) -> Tensor:
+    return u
 
 
-def _logit_normal(config: ObjectiveConfig, n: int, generator: torch.Generator) -> Tensor:
-    return torch.sigmoid(config.mean + config.deviation * torch.randn(n, generator=generator))
+def _logit_normal(config: ObjectiveConfig, u: Tensor) -> Tensor:
+    return torch.sigmoid(config.mean + config.deviation * torch.special.ndtri(u))
 
 
 def _no_weight(config: ObjectiveConfig, parameterization: Parameterization, level: NoiseLevel) -> Tensor | float:
@@ -49,7 +49,8 @@ def _min_snr(config: ObjectiveConfig, parameterization: Parameterization, level:
     return snr.clamp(max=config.gamma) / parameterization.loss_scale(level)
 
 
-TIMES: dict[str, Callable[[ObjectiveConfig, int, torch.Generator], Tensor]] = {
+# Quantile functions: from uniform numbers in (0, 1) to shares of the schedule's range.
+TIMES: dict[str, Callable[[ObjectiveConfig, Tensor], Tensor]] = {
     "uniform": _uniform,  # DDPM
     "logit-normal": _logit_normal,  # 2403.03206, eq. 19
 }
@@ -65,24 +66,27 @@ class DenoisingObjective:
     def __init__(self, schedule: Schedule, parameterization: Parameterization, config: ObjectiveConfig):
         for kind, name, table in (("times", config.times, TIMES), ("weight", config.weight, WEIGHTS)):
             if name not in table:
-                raise BadData(f"objective: no {kind} named {name!r}{nearest(name, list(table))}; there are {list(table)}")
+                raise BadData(
+                    f"objective: no {kind} named {name!r}{nearest(name, list(table))}; there are {list(table)}"
+                )
         self.schedule, self.parameterization, self.config = schedule, parameterization, config
 
-    def __call__(
-        self, network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, generator: torch.Generator
-    ) -> Losses:
-        """Return the losses of a network(x, clock) on clean pictures x0 (B, C, H, W)."""
-        n = len(x0)
-        place = TIMES[self.config.times](self.config, n, generator)  # (B,) in [0, 1]
+    def __call__(self, network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, u: Tensor, eps: Tensor) -> Losses:
+        """Return the losses of a network(x, clock).
+
+        Args:
+            x0: clean pictures (B, C, H, W).
+            u: uniform numbers in (0, 1), (B,), that decide the levels.
+            eps: standard normal noise like x0.
+        """
+        place = TIMES[self.config.times](self.config, u)  # (B,) in [0, 1]
         t_min, t_max = self.schedule.t_min, self.schedule.t_max
         t = t_min + place * (t_max - t_min)
         if self.schedule.steps is not None:
             t = t.round()
-        eps = torch.randn(x0.shape, generator=generator)
-        level = self.schedule(t.to(x0.device)[:, None, None, None])  # fields (B, 1, 1, 1)
-        eps = eps.to(x0.device)
+        level = self.schedule(t.to(x0)[:, None, None, None])  # fields (B, 1, 1, 1)
         p = self.parameterization
-        clock = _flat(p.clock(level), n, x0)
+        clock = _flat(p.clock(level), len(x0), x0)
         out = network(p.gain(level) * q_sample(x0, eps, level), clock)
         error = (out.float() - p.target(x0, eps, level)).pow(2)
         return Losses((WEIGHTS[self.config.weight](self.config, p, level) * error).mean(dim=(1, 2, 3)), place)

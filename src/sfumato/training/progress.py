@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,22 +15,34 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Loss, pictures per second and time left, on stderr."""
+    """Loss, by level too, pictures per second, memory and time left, on stderr.
 
-    def __init__(self, every: int = 20):
-        self.every = every
-        self.console = Console(stderr=True)
+    Args:
+        every: steps between two lines where stderr is no terminal.
+        quiet: show nothing, as all ranks but the first do.
+    """
+
+    def __init__(self, every: int = 20, quiet: bool = False):
+        self.every, self.quiet = every, quiet
+        self.console = Console(stderr=True, quiet=quiet)
         self.rate = 0.0
-        self.loss = 0.0
+        self.loss = math.nan
         self._bar: Bar | None = None
         self._steps = 0
         self._last = time.perf_counter()
+        self._levels: list[float] = []
+
+    @property
+    def memory(self) -> int:
+        """The process's peak memory in MB."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak // (1 << 20) if sys.platform == "darwin" else peak // 1024
 
     @contextmanager
     def running(self, steps: int, start: int) -> Iterator[None]:
         """Show progress from step ``start`` to ``steps`` while the block runs."""
         self._steps, self._last = steps, time.perf_counter()
-        if not self.console.is_terminal:
+        if self.quiet or not self.console.is_terminal:
             yield
             return
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
@@ -40,17 +54,19 @@ class Progress:
             finally:
                 self._bar = None
 
-    def step(self, done: int, loss: float, pictures: int) -> None:
-        """Report one finished step."""
+    def step(self, done: int, loss: float, levels: Sequence[float], pictures: int) -> None:
+        """Report one finished step: its loss, the loss by noise level (cleanest first), its number of pictures."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        self.rate = pictures / seconds if not self.rate else 0.95 * self.rate + 0.05 * pictures / seconds
-        self.loss = loss if not self.loss else 0.98 * self.loss + 0.02 * loss
-        text = f"loss {self.loss:.4f} · {self.rate:.0f} pictures/s"
+        self.rate = 0.95 * self.rate + 0.05 * pictures / seconds if self.rate else pictures / seconds
+        self.loss = _smooth(self.loss, loss)
+        self._levels = [_smooth(a, b) for a, b in zip(self._levels or levels, levels, strict=True)]
+        by_level = " ".join(f"{v:.3f}" for v in self._levels)
+        text = f"loss {self.loss:.4f} (clean → noise {by_level}) · {self.rate:.0f} pictures/s · {self.memory} MB"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)
-        elif done % self.every == 0 or done == self._steps:
-            left = (self._steps - done) * pictures / max(self.rate, 1e-9)
+        elif not self.quiet and (done % self.every == 0 or done == self._steps):
+            left = (self._steps - done) * pictures / self.rate
             print(f"step {done}/{self._steps} · {text} · {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
@@ -60,3 +76,9 @@ class Progress:
     def note(self, text: str) -> None:
         """Say something of passing interest."""
         self.console.print(text, markup=False, highlight=False)
+
+
+def _smooth(old: float, new: float) -> float:
+    if math.isnan(old) or math.isnan(new):
+        return old if math.isnan(new) else new
+    return 0.98 * old + 0.02 * new

@@ -28,8 +28,17 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, then a plateau, then a linear fall to zero over the last ``decay`` share of steps."""
+    """How weights move: linear warm-up, a plateau, then a linear fall to zero over the last ``decay`` share of steps.
 
+    Args:
+        name: ``adamw``, or ``muon`` for the hidden matrices with AdamW for all else.
+        rate: AdamW's learning rate; ``muon_rate``: Muon's, per unit of a matrix's root-mean-square size.
+        clip: largest gradient norm.
+    """
+
+    name: str = "adamw"
+    muon_rate: float = 0.02
+    momentum: float = 0.95
     rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
@@ -40,7 +49,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training run."""
+    """Everything that decides a training run.
+
+    Args:
+        batch: pictures per step over all ranks; ``accumulate``: into how many parts each rank cuts its share.
+        ema: decays of the averages that are kept; the first is the one that is sampled from and shipped.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where this machine multiplies faster in it.
+        device: ``cpu``, ``cuda``, or ``auto``.
+        compile: whether to compile the network's forward and backward passes.
+        workers: threads that prepare batches ahead.
+        keep: how many checkpoints stay.
+    """
 
     name: str = "model"
     model: NativeConfig = field(default_factory=NativeConfig)
@@ -49,23 +68,34 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: int = 64
     steps: int = 1000
-    ema: float = 0.999
+    accumulate: int = 1
+    ema: tuple[float, ...] = (0.999,)
     seed: int = 0
     precision: str = "auto"
+    device: str = "auto"
+    compile: bool = False
     threads: int = 0
+    workers: int = 0
     checkpoint_every: int = 500
     keep: int = 2
     log_every: int = 20
     grid_every: int = 0
     grid_prompts: tuple[str, ...] = ()
+    tensorboard: bool = False
     card: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps", "checkpoint_every", "keep", "log_every"):
+        for name in ("batch", "steps", "accumulate", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise BadData(f"recipe: {name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise BadData(f"recipe: ema must lie in [0, 1), not {self.ema}")
+        for name in ("workers", "threads", "grid_every", "seed"):
+            if getattr(self, name) < 0:
+                raise BadData(f"recipe: {name} must not be negative, not {getattr(self, name)}")
+        if not self.ema or not all(0 <= decay < 1 for decay in self.ema):
+            raise BadData(f"recipe: ema is a list of decays in [0, 1), not {list(self.ema)}")
+        for name, choices in (("precision", ("auto", "fp32", "bf16")), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in choices:
+                raise BadData(f"recipe: {name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

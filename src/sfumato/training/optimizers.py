@@ -1,0 +1,97 @@
+"""Optimizers: AdamW, and Muon for hidden matrices, whose iteration runs in fp32 here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import BadData
+from sfumato.training.recipe import OptimizerConfig
+
+# Coefficients of the quintic that drives singular values towards 1 (Jordan et al. 2024, "Muon").
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
+    """Bring a matrix's singular values near 1 by Newton–Schulz iteration, keeping its dtype; g (M, N) → (M, N)."""
+    a, b, c = QUINTIC
+    x = g / (g.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan et al. 2024); kernels (O, I, h, w) count as matrices (O, I·h·w)."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move every matrix by its rate times √(rows/columns ∨ 1) times an orthogonal matrix."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
+                direction = orthogonalize(update.flatten(1)).view(p.shape)
+                scale = max(1.0, p.shape[0] / p.flatten(1).shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * scale)
+
+
+def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a recipe; matrices and kernels are decayed, gains, biases and embeddings are not."""
+    if config.name not in ("adamw", "muon"):
+        raise BadData(f"optimizer: name is adamw or muon, not {config.name!r}")
+    named = dict(module.named_parameters())
+    matrices = {n: p for n, p in named.items() if p.ndim >= 2 and not _is_table(n)}
+    others = [p for n, p in named.items() if n not in matrices]
+    hidden = [p for n, p in matrices.items() if config.name == "muon" and not _is_edge(n)]
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in matrices.values() if id(p) not in chosen]
+    groups = [{"params": rest, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, fused=True)
+    if not hidden:
+        return [adamw]
+    return [adamw, Muon(hidden, config.muon_rate, config.momentum, config.weight_decay)]
+
+
+def _is_table(name: str) -> bool:
+    return "tokens" in name or "positions" in name
+
+
+def _is_edge(name: str) -> bool:
+    return "conv_in" in name or "conv_out" in name
+
+
+def tensors_of(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Return the optimizers' state as flat names and tensors."""
+    flat: dict[str, Tensor] = {}
+    for k, optimizer in enumerate(optimizers):
+        for i, state in optimizer.state_dict()["state"].items():
+            flat |= {f"{k}.{i}.{key}": torch.as_tensor(v) for key, v in state.items()}
+    return flat
+
+
+def restore(optimizers: list[torch.optim.Optimizer], flat: dict[str, Tensor]) -> None:
+    """Put back what ``tensors_of`` took."""
+    states: list[dict[int, dict[str, Any]]] = [{} for _ in optimizers]
+    parameters = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
+    for name, v in flat.items():
+        k, i, key = name.split(".", 2)
+        # Fused AdamW walks memory in order: moments must be laid out as their parameter is.
+        laid = v if v.ndim == 0 else torch.empty_like(parameters[int(k)][int(i)]).copy_(v)
+        states[int(k)].setdefault(int(i), {})[key] = laid
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,209 @@
+"""Averages, rates, optimizers, recipes, checkpoints: each against its definition."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.config import from_dict, to_dict
+from sfumato.errors import BadData, NoResources
+from sfumato.training.ema import EMA
+from sfumato.training.loop import learning_rate
+from sfumato.training.optimizers import Muon, build_optimizers, orthogonalize, restore, tensors_of
+from sfumato.training.recipe import OptimizerConfig, Recipe, build_recipe, load_recipe
+from sfumato.training.runlog import RunLog
+from sfumato.training.state import Checkpoint, load_newest, save_checkpoint
+
+
+def test_ema_is_the_weighted_sum_of_the_weights_it_saw():
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(net.weight, 1.0)
+    ema = EMA(net, (0.9, 0.5))
+    expected = [1.0, 1.0]
+    for step, w in enumerate([2.0, -1.0, 5.0] * 40):
+        nn.init.constant_(net.weight, w)
+        ema.update(net, step)
+        for i, decay in enumerate((0.9, 0.5)):
+            d = min(decay, (1 + step) / (10 + step))
+            expected[i] = d * expected[i] + (1 - d) * w
+    assert [float(a["weight"]) for a in ema.averages] == pytest.approx(expected, rel=1e-5)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-2)
+
+
+def test_learning_rate_warms_up_stays_and_falls_to_zero():
+    config = OptimizerConfig(warmup=10, decay=0.5)
+    shares = [learning_rate(config, step, 100) for step in range(100)]
+    assert shares[0] == 0.1
+    assert shares[9:51] == [1.0] * 42
+    assert shares[75] == 0.5
+    assert shares[99] == pytest.approx(0.02)
+    assert learning_rate(OptimizerConfig(warmup=0, decay=0.0), 0, 10) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    o = orthogonalize(g)
+    assert o.dtype == torch.float32
+    s = torch.linalg.svdvals(o)
+    assert 0.6 < s.min() <= s.max() < 1.3
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    mixed = u.T @ o @ vh.T  # diagonal in g's own singular basis
+    assert (mixed - mixed.diag().diag()).abs().max() < 1e-4
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest_each_once():
+    net = nn.ModuleDict({"conv_in": nn.Conv2d(3, 8, 3), "hidden": nn.Conv2d(8, 8, 3), "tokens": nn.Embedding(5, 8)})
+    adamw, muon = build_optimizers(net, OptimizerConfig(name="muon"))
+    assert isinstance(muon, Muon)
+    held = [p for o in (adamw, muon) for group in o.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in net.parameters()}
+    assert len(held) == len(list(net.parameters()))
+    assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(net["hidden"].weight)]
+    decays = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    assert decays[id(net["tokens"].weight)] == decays[id(net["hidden"].bias)] == 0
+    assert decays[id(net["conv_in"].weight)] > 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_optimizer_state_survives_exactly_in_any_memory_layout(name, layout):
+    def make():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).to(memory_format=layout)
+        return net, build_optimizers(net, OptimizerConfig(name=name, rate=0.01))
+
+    def steps(net, optimizers, first, last):
+        for i in range(first, last):
+            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i))
+            for o in optimizers:
+                o.zero_grad()
+            net(x).square().mean().backward()
+            for o in optimizers:
+                o.step()
+
+    whole, optimizers = make()
+    steps(whole, optimizers, 0, 6)
+    first, before = make()
+    steps(first, before, 0, 3)
+    second, after = make()
+    second.load_state_dict(first.state_dict())
+    restore(after, {k: v.clone().contiguous() for k, v in tensors_of(before).items()})
+    steps(second, after, 3, 6)
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step, {"w": torch.full((50,), float(step)), "n": torch.tensor(step)}, {"note": "x"})
+
+
+def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path: Path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, checkpoint(step), keep=2)
+    assert sorted(p.stem for p in tmp_path.glob("*.json")) == ["step-00000003", "step-00000004"]
+    newest = load_newest(tmp_path, pytest.fail)
+    assert newest is not None
+    assert newest.step == 4
+    assert newest.plain == {"note": "x"}
+    assert torch.equal(newest.tensors["w"], torch.full((50,), 4.0))
+    assert load_newest(tmp_path / "nowhere", pytest.fail) is None
+
+
+@pytest.mark.parametrize("part", ["safetensors", "json"])
+def test_any_flipped_byte_or_truncation_falls_back_and_says_so(tmp_path: Path, part: str):
+    save_checkpoint(tmp_path, checkpoint(1), keep=3)
+    save_checkpoint(tmp_path, checkpoint(2), keep=3)
+    path = tmp_path / f"step-00000002.{part}"
+    whole = path.read_bytes()
+    damaged = [whole[: len(whole) // 2], b"", whole[:-1]]
+    damaged += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 7)]
+    for data in damaged:
+        path.write_bytes(data)
+        warnings: list[str] = []
+        found = load_newest(tmp_path, warnings.append)
+        assert found is not None
+        if found.step == 2:  # a flip within the JSON that changes neither tensors nor what is read of it
+            assert part == "json"
+            assert torch.equal(found.tensors["w"], torch.full((50,), 2.0))
+        else:
+            assert found.step == 1
+            assert len(warnings) == 1
+            assert "step-00000002" in warnings[0]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_checkpoint(tmp_path, checkpoint(1), keep=3)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NoResources, match="No space left"):
+        save_checkpoint(tmp_path, checkpoint(2), keep=3)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert NoResources.exit_code == 5
+
+
+def test_the_log_keeps_no_step_twice_and_no_half_line(tmp_path: Path):
+    lines = [json.dumps({"step": s}) for s in (10, 20, 30)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4')
+    with RunLog(tmp_path, 20, tensorboard=False) as log:
+        log.write(30, {"loss": float("nan"), "by_level": [1.0, float("inf")]})
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [10, 20, 30]
+    assert records[-1] == {"step": 30, "loss": None, "by_level": [1.0, None]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stepz=3"], "unknown setting 'stepz'; did you mean 'steps'"),
+        (["optimizer.ratee=3"], "optimizer: unknown setting 'ratee'; did you mean 'rate'"),
+        (["steps=many"], "steps: expected int, got 'many'"),
+        (["steps=true"], "steps: expected int, got True"),
+        (["steps=0"], "steps must be at least 1"),
+        (["ema=0.9"], "ema: expected a list"),
+        (["ema=[1.5]"], "decays in"),
+        (["model.network.widths=[8,8,8]"], "as many attention flags"),
+        (["precision=fp8"], "precision is one of"),
+        (["steps"], "not of the form key=value"),
+        (["steps.more=1"], "steps is not a group"),
+        (["model=3"], "expected a group of settings"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(overrides: list[str], message: str):
+    with pytest.raises(BadData, match=message) as e:
+        load_recipe(Path("recipes/tiny.yaml"), overrides)
+    assert "\n" not in str(e.value)
+
+
+def test_recipes_that_cannot_be_read(tmp_path: Path):
+    for name, text in (("a.yaml", "a: [1"), ("b.yaml", "- 1"), ("c.yaml", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(BadData, match=name):
+            load_recipe(tmp_path / name, [])
+    (tmp_path / "d.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadData, match="not a readable"):
+        load_recipe(tmp_path / "d.yaml", [])
+    with pytest.raises(BadData, match="no recipe"):
+        load_recipe(tmp_path / "none.yaml", [])
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_survive_the_round_trip_through_plain_data(path: Path):
+    if path.stem == "emoji":  # the corpus's recipe, not a run's
+        return
+    recipe = load_recipe(path, [])
+    assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe))), "x") == recipe
+
+
+def test_numbers_in_yaml_and_overrides():
+    recipe = build_recipe({}, ["optimizer.rate=1e-3", "optimizer.betas=[0.9, 1]", "name=x"], "settings")
+    assert recipe.optimizer.rate == 1e-3
+    assert recipe.optimizer.betas == (0.9, 1.0)
