@@ -156,7 +156,7 @@ def load_pictures(
     images: list[Tensor] = []
     whole = torch.empty((0 if config.lazy or config.crop == "random" else len(records), channels, size, size),
                         dtype=torch.uint8)  # fmt: skip
-    for record in _watched(records):
+    for record in watched(records):
         try:
             if reason := problem(record, config.captions):
                 raise PictureError(reason)
@@ -213,7 +213,8 @@ def _check_memory(size: int, count: int, side: int, config: DataConfig) -> None:
         )
 
 
-def _watched(records: list[Record]) -> Iterable[Record]:
+def watched(records: list[Record]) -> Iterable[Record]:
+    """Show on a terminal how far the reading of many records is."""
     if not sys.stderr.isatty() or len(records) < 1000:
         return records
     from rich.console import Console
