@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FORWARDED = {  # command → module whose ``main(argv) -> int`` reads the command's own flags
     "train": ("sfumato.training.cli", "train a model by a recipe, or on a folder of pictures"),
+    "data": ("sfumato.data.cli", "check a data set, or rebuild the corpus"),
 }
 
 
