@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 TINY = {
     "size": 16,
     "network": {
-        "widths": (16, 24), "attention": (False, True), "blocks": 1, "heads": 2, "context_dim": 16, "clock_scale": 1000.0,
+        "widths": (16, 24), "attention": (False, True), "blocks": 1, "heads": 2, "context_dim": 16,
+        "clock_scale": 1000.0,
     },
     "text": {"vocabulary": 300, "dim": 16, "layers": 1, "heads": 2, "max_tokens": 24},
     "defaults": {"steps": 4, "guidance": 2.0, "width": 16, "height": 16},

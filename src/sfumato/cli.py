@@ -7,13 +7,14 @@ Exit codes: 0 done, 1 replayed pixels differ, 2 bad request, 3 bad checkpoint, 4
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -53,31 +54,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         except _Terminated:
             return _fail("terminated", 143)
         except BrokenPipeError:  # the reader of our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _close_output()
             return 0
-        except MemoryError:
-            if debug:
-                raise
-            return _fail("out of memory", NoResources.exit_code)
         except Exception as e:
             if debug:
                 raise
+            if isinstance(e, MemoryError):
+                return _fail("out of memory", NoResources.exit_code)
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+                _close_output()
+                return _fail(str(e.strerror), NoResources.exit_code)
             return _fail(f"unexpected {type(e).__name__}: {e} (--debug shows where)", 1)
 
 
 def _run(argv: list[str], started: float) -> int:
-    if argv and argv[0] in FORWARDED:
-        from importlib import import_module
+    try:
+        if argv and argv[0] in FORWARDED:
+            from importlib import import_module
 
-        return import_module(FORWARDED[argv[0]][0]).main(argv[1:])
-    args = _parser().parse_args(argv)
+            return import_module(FORWARDED[argv[0]][0]).main(argv[1:])
+        args = _parser().parse_args(argv)
+    except SystemExit as e:  # argparse ends so after help
+        return e.code if isinstance(e.code, int) else 0
     args.started = started
     return args.run(args)
 
 
+def _close_output() -> None:
+    """Send what is left to nowhere, lest the interpreter stumble over it on its way out."""
+    with suppress(OSError, ValueError):  # it may be no real file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"sfumato: {' '.join(message.split())}\n")
+    sys.stderr.write(f"sfumato: {_plain(' '.join(message.split()))}\n")
     return code
+
+
+def _plain(text: str) -> str:
+    """Text from a file or a user without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _take_flag(argv: list[str], flag: str) -> bool:
@@ -308,17 +324,21 @@ def _model_facts(path: Path, name: str) -> dict[str, Any]:
     header = read_header(path)
     facts: dict[str, Any] = {
         "model": str(path),
-        "format": header.metadata.get("format", "unknown"),
         "bytes": header.size,
         "tensors": len(header.tensors),
         "parameters": header.parameters,
         "dtypes": ", ".join(sorted({t.dtype for t in header.tensors.values()})),
     }
-    try:
-        card = json.loads(header.metadata.get("card", "{}"))
-        facts["card"] = card if isinstance(card, dict) else {}
-    except (ValueError, RecursionError):
-        facts["card"] = {}
+    for key, text in header.metadata.items():
+        if key.startswith("sfumato-"):
+            facts["format"] = key
+            try:
+                own = json.loads(text)
+                facts |= {"card": own["card"], "config": own["config"]}
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                raise BadCheckpoint(f"{path}: its configuration cannot be read") from e
+        else:
+            facts.setdefault("metadata", {})[key] = text if len(text) <= 200 else text[:200] + "..."
     return facts
 
 
@@ -384,14 +404,13 @@ class Target:
         if out is not None and (not out or "\0" in out):
             raise BadRequest("the output path is empty or no path")
         path = Path("outputs" if out is None else out)
-        named = out is not None and not path.is_dir() and (path.suffix != "" or suffix != ".png")
+        named = out is not None and not os.path.isdir(path) and (path.suffix != "" or suffix != ".png")
         if named and (path.suffix.lower() != suffix or str(out).endswith(("/", os.sep))):
             raise BadRequest(f"cannot write {path}: its name must end in {suffix}")
         target = cls(path.parent, path.stem, files, force) if named else cls(path, None, files, False)
-        if named and not force:
-            for i in range(files):
-                if os.path.lexists(target._path(path.stem, i, suffix)):
-                    raise BadRequest(f"{target._path(path.stem, i, suffix)} exists already; --force replaces it")
+        for file in [target._path(path.stem, i, suffix) for i in range(files if named else 0)]:
+            if _exists(file) and not force:
+                raise BadRequest(f"{file} exists already; --force replaces it")
         _check_writable(target.folder)
         return target
 
@@ -436,6 +455,18 @@ class Target:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise cannot_write(self.folder, e) from e
+
+
+def _exists(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as e:  # a name that is too long, a folder that is a file
+        from sfumato.pipeline.picture import cannot_write
+
+        raise cannot_write(path, e) from e
+    return True
 
 
 def _check_writable(folder: Path) -> None:
@@ -548,11 +579,11 @@ def _report(
         )
         return 0
     for path, p in zip(paths, pictures, strict=True):
-        print(f"{path}  seed {p.request.seed}")
+        print(_plain(f"{path}  seed {p.request.seed}"))
     if "trajectory" in more:
-        print(more["trajectory"])
+        print(_plain(more["trajectory"]))
     parts = [f"model {first.model} ({first.model_hash[:12]})", f"{seconds:.1f} s", note]
-    print(", ".join(p for p in parts if p))
+    print(_plain(", ".join(p for p in parts if p)))
     return 0
 
 
@@ -564,8 +595,8 @@ def _print_json(value: Any) -> None:
 
 def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
     for key, value in facts.items():
-        if isinstance(value, dict):
-            print(f"{indent}{key}")
+        if isinstance(value, dict) and value:
+            print(indent + _plain(str(key)))
             _print_facts(value, indent + "  ")
-        elif value is not None and value != "":
-            print(f"{indent}{key:<{18 - len(indent)}} {value}")
+        elif value not in (None, "", {}):
+            print(indent + _plain(f"{key:<{18 - len(indent)}} {value}"))

@@ -4,7 +4,8 @@
 
 A draw can be made at any time, in any order and beside any other picture's: nothing is carried along.
 Philox's bits are fixed by its paper (Salmon et al. 2011) and by NumPy's promise for bit generators; the
-normal numbers are made here, since NumPy makes no such promise for its own.
+normal numbers are made here, since NumPy makes no such promise for its own. They are made in float64, so that
+what machines may differ by in log and cos is rounded away.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ ones can be looked at; its own pixels are then every scale-th one of the file.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -172,7 +173,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise BadData(f"its record is of another format than {FORMAT}; a newer sfumato may read it")
         model, scale, made_with = record["model"], record["scale"], record.get("made_with", {})
-        if not (isinstance(model["name"], str) and isinstance(model["hash"], str) and isinstance(made_with, dict)):
+        if not (isinstance(model["name"], str) and isinstance(model["hash"], str) and _flat(made_with)):
             raise BadData("its record of the model is damaged")
         if isinstance(scale, bool) or not isinstance(scale, int) or not 1 <= scale <= MAX_SCALE:
             raise BadData("its record of the scale is damaged")
@@ -185,6 +186,10 @@ def read(path: str | os.PathLike[str]) -> Stored:
         raise BadData(f"{path}: its record is damaged") from e
     picture = Picture(pixels[::scale, ::scale].copy(), request, model["name"], model["hash"], made_with)
     return Stored(picture, pixels, scale)
+
+
+def _flat(made_with: Any) -> bool:
+    return isinstance(made_with, dict) and all(isinstance(v, (str, int)) for v in made_with.values())
 
 
 def is_png(path: str | os.PathLike[str]) -> bool:
@@ -240,7 +245,8 @@ def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
     except OSError as e:
         raise cannot_write(path, e) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def cannot_write(path: Path, error: OSError) -> SfumatoError:

@@ -1,0 +1,351 @@
+"""The command: what it writes, what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato.cli import main, request_of
+from sfumato.pipeline.picture import Picture
+from sfumato.pipeline.request import Request
+
+COMMAND = [sys.executable, "-m", "sfumato"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process, in a folder of its own; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in argv])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def one_line(err: str) -> bool:
+    return err.startswith("sfumato: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_words_become_a_picture_that_can_be_made_again(run: Run, tiny_file: Path, tmp_path: Path) -> None:
+    code, out, err = run("generate", "a red apple!", "--model", tiny_file, "--seed", 7, "--steps", 3)
+    assert (code, err) == (0, "")
+    path = tmp_path / "outputs" / "a-red-apple-7.png"
+    picture = Picture.open(path)
+    assert picture.request.prompt == "a red apple!"
+    assert (picture.request.seed, picture.request.steps) == (7, 3)
+    assert Image.open(path).size == (256, 256)
+    assert out.splitlines()[0] == "outputs/a-red-apple-7.png  seed 7"
+    assert tiny_file.name in out
+    assert " s" in out.splitlines()[1]
+
+    code, out, _ = run("replay", path, "--model", tiny_file, "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["equal"] is True
+    again = tmp_path / report["pictures"][0]["path"]
+    assert again != path
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_several_pictures_grid_film_and_json(run: Run, tiny_file: Path, tmp_path: Path) -> None:
+    _, out, _ = run("generate", "fox", "--model", tiny_file, "--seed", 1, "-n", 3, "--json", "--scale", 1)
+    report = json.loads(out)
+    assert [p["seed"] for p in report["pictures"]] == [1, 2, 3]
+    assert report["request"] == Request("fox", seed=1).to_dict() | report["request"]
+    assert len(report["model"]["hash"]) == 64
+    assert report["seconds"] > 0
+    singles = [Picture.open(p["path"]).pixels for p in report["pictures"]]
+
+    code, out, _ = run(
+        "generate", "fox", "--model", tiny_file, "--seed", 1, "-n", 3, "--grid", "--trajectory", "film.gif",
+        "--out", "page.png", "--scale", 2, "--steps", 4,
+    )  # fmt: skip
+    assert code == 0
+    assert "film.gif" in out
+    page = Picture.open("page.png")
+    assert page.pixels.shape == (32, 32, 3)
+    assert np.array_equal(page.pixels[:16, 16:], singles[1])
+    film = Image.open("film.gif")
+    assert (film.n_frames, film.size) == (4, (64, 64))  # type: ignore[attr-defined]
+    assert run("replay", "page.png", "--model", tiny_file, "--out", "page-2.png")[0] == 0
+    assert Path("page.png").read_bytes() == Path("page-2.png").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["film.gif", "outputs", "page-2.png", "page.png"]
+
+
+def test_files_are_never_replaced_unasked(run: Run, tiny_file: Path, tmp_path: Path) -> None:
+    words = ("generate", "a", "--model", tiny_file, "--seed", 1, "--steps", 1)
+    for _ in range(3):
+        assert run(*words)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "outputs").iterdir()) == ["a-1-2.png", "a-1-3.png", "a-1.png"]
+    assert run(*words, "--out", "a.png")[0] == 0
+    before = Path("a.png").read_bytes()
+    code, _, err = run(*words, "--seed", 2, "--out", "a.png")
+    assert code == 2
+    assert one_line(err)
+    assert "exists already; --force" in err
+    assert Path("a.png").read_bytes() == before
+    assert run(*words, "--seed", 2, "--out", "a.png", "--force")[0] == 0
+    assert Picture.open("a.png").request.seed == 2
+    assert run(*words, "-n", 2, "--out", "b.png")[0] == 0
+    assert Path("b-1.png").exists()
+    assert Path("b-2.png").exists()
+    assert run(*words, "-n", 3, "--out", "b.png")[0] == 2
+    assert not Path("b-3.png").exists()
+    assert run(*words, "--out", "some/folder")[0] == 0
+    assert Path("some/folder/a-1.png").exists()
+
+
+def test_a_replay_tells_what_differs(
+    run: Run, tiny_file: Path, make_tiny_file: Callable[[int], Path], tmp_path: Path
+) -> None:
+    run("generate", "a", "--model", tiny_file, "--seed", 1, "--out", "a.png", "--scale", 3)
+    code, _, err = run("replay", "a.png", "--model", make_tiny_file(1))
+    assert code == 3
+    assert one_line(err)
+    assert "point at the right file with --model" in err
+    code, _, err = run("replay", "a.png")  # the name in the file is looked up here only
+    assert code == 2
+    assert one_line(err)
+
+    image = Image.open("a.png")
+    text = image.text["sfumato"]  # type: ignore[attr-defined]
+    image.putpixel((0, 0), (1, 2, 3))
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("sfumato", text.replace(f'"{np.__version__}"', '"1.0"'))
+    image.save("a.png", pnginfo=info)
+    code, out, _ = run("replay", "a.png", "--model", tiny_file)
+    assert code == 1
+    assert f"pixels differ (numpy 1.0 is now {np.__version__})" in out
+
+
+def test_a_recorded_model_name_opens_nothing_elsewhere(run: Run, tiny_file: Path, tmp_path: Path) -> None:
+    run("generate", "a", "--model", tiny_file, "--seed", 1, "--out", "a.png")
+    from PIL import PngImagePlugin
+
+    image, info = Image.open("a.png"), PngImagePlugin.PngInfo()
+    record = json.loads(image.text["sfumato"])  # type: ignore[attr-defined]
+    record["model"]["name"] = str(tiny_file)
+    info.add_text("sfumato", json.dumps(record))
+    image.save("b.png", pnginfo=info)
+    code, _, err = run("replay", "b.png")
+    assert code == 2
+    assert f"'{tiny_file.name}'" in err
+
+
+def test_info_of_a_picture_and_of_a_model(run: Run, tiny_file: Path) -> None:
+    run("generate", "a red fox", "--model", tiny_file, "--seed", 1, "--out", "a.png")
+    _, out, _ = run("info", "a.png")
+    assert "a red fox" in out
+    _, out, _ = run("info", "a.png", "--json")
+    assert json.loads(out)["request"]["prompt"] == "a red fox"
+    _, out, _ = run("info", tiny_file)
+    assert "licence" in out
+    _, out, _ = run("info", tiny_file, "--json")
+    assert json.loads(out)["card"]["licence"] == "none"
+
+
+def test_info_prints_nothing_that_a_terminal_obeys(run: Run, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "m.safetensors", {"note": "\x1b[2Jgone"})
+    code, out, _ = run("info", "m.safetensors")
+    assert code == 0
+    assert "\x1b" not in out
+
+
+def test_samplers_are_listed(run: Run) -> None:
+    from sfumato.diffusion import GUIDANCE, SAMPLERS, SPACINGS
+
+    _, out, _ = run("samplers")
+    assert all(name in out for name in [*SAMPLERS, *SPACINGS, *GUIDANCE, "DPM++ 2M", "DPMSolverMultistepScheduler"])
+    _, out, _ = run("samplers", "--json")
+    listed = json.loads(out)
+    assert [s["name"] for s in listed["samplers"]] == list(SAMPLERS)
+
+
+BAD: list[tuple[list[str], int, str]] = [
+    ([], 2, "a command is missing"),
+    (["paint"], 2, "invalid choice: 'paint'"),
+    (["generate"], 2, "required: PROMPT"),
+    (["generate", ""], 2, "prompt is empty"),
+    (["generate", "a", "--steps", "0"], 2, "steps must be a whole number from 1 to 1000, not 0"),
+    (["generate", "a", "--steps", "many"], 2, "not 'many'"),
+    (["generate", "a", "--steps", "9" * 5000], 2, "steps must be"),
+    (["generate", "a", "--guidance", "nan"], 2, "guidance must be"),
+    (["generate", "a", "--guidance-interval", "1"], 2, "two numbers"),
+    (["generate", "a", "--sampler", "dpm++2m"], 2, "did you mean"),
+    (["generate", "a", "--seed", "-1"], 2, "seed must be"),
+    (["generate", "a", "-n", "1000"], 2, "n must be"),
+    (["generate", "a", "--size", "large"], 2, "size must be WxH"),
+    (["generate", "a", "--size", "17x16"], 2, "the nearest is 16x16"),
+    (["generate", "a", "--size", "4096x4096"], 2, "too large"),
+    (["generate", "a", "--size", "0x16"], 2, "width must be"),
+    (["generate", "a", "--scale", "0"], 2, "scale must be"),
+    (["generate", "a", "--stepz", "3"], 2, "--stepz"),
+    (["generate", "a", "--out", ""], 2, "empty"),
+    (["generate", "a", "--out", "a.jpg"], 2, "must end in .png"),
+    (["generate", "a", "--out", "a.png/"], 2, "must end in .png"),
+    (["generate", "a", "--out", "file.txt/a.png"], 2, "cannot write"),
+    (["generate", "a", "--out", "x" * 300 + ".png"], 2, "cannot write"),
+    (["generate", "a", "--trajectory", "a.png"], 2, "must end in .gif"),
+    (["generate", "a", "--trajectory", "film.gif"], 2, "exists already"),
+    (["generate", "a\udcff"], 2, "no text"),
+    (["replay", "missing.png"], 4, "no such file"),
+    (["replay", "file.txt"], 4, "not a whole PNG"),
+    (["info", "missing"], 2, "no model"),
+    (["info", "file.txt"], 3, "not a safetensors file"),
+    (["generate", "a", "--model", "missing"], 2, "no model"),
+    (["generate", "a", "--model", "file.txt"], 3, "not a safetensors file"),
+    (["generate", "a", "--model", "cut.safetensors"], 3, "cut short"),
+    (["generate", "a", "--model", "foreign.safetensors"], 3, "foreign.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("argv", "expected", "message"), BAD, ids=[" ".join(a)[:40] for a, *_ in BAD])
+def test_bad_input_is_one_line_an_exit_code_and_no_file(
+    run: Run, tiny_file: Path, tmp_path: Path, argv: list[str], expected: int, message: str
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "file.txt").write_text("some text of a foreign kind")
+    (tmp_path / "film.gif").touch()
+    (tmp_path / "cut.safetensors").write_bytes(tiny_file.read_bytes()[:-100])
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    before = sorted(tmp_path.iterdir())
+    if argv[:1] == ["generate"] and "--model" not in argv:
+        argv = [*argv, "--model", str(tiny_file)]
+    code, out, err = run(*argv)
+    assert (code, out) == (expected, "")
+    assert one_line(err), err
+    assert message in err
+    assert len(err) < 500 + len(str(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_debug_shows_where(run: Run) -> None:
+    with pytest.raises(Exception, match="prompt is empty"):
+        run("generate", "", "--debug")
+
+
+def test_an_unexpected_error_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object) -> None:
+        raise RuntimeError("a fault\nof ours")
+
+    monkeypatch.setattr("sfumato.cli.request_of", fault)
+    code, _, err = run("generate", "a")
+    assert code == 1
+    assert one_line(err)
+    assert "a fault of ours" in err
+
+
+def test_train_reads_its_own_flags(run: Run) -> None:
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    assert "recipe" in out
+    assert run("train", "missing.yaml")[0] == 4
+
+
+def test_every_field_of_a_request_has_its_flag() -> None:
+    import argparse
+
+    from sfumato.cli import add_request_flags
+
+    parser = argparse.ArgumentParser()
+    add_request_flags(parser)
+    words = (
+        "words --negative rain --seed 1 -n 2 --steps 3 --sampler ddim --spacing karras --guidance 4 --eta 0.5 "
+        "--guidance-rescale 0.25 --guidance-interval 0.5,3 --size 48x32"
+    )
+    request = request_of(parser.parse_args(words.split()))
+    assert request == Request("words", "rain", 1, 2, 3, "ddim", "karras", 4.0, 0.25, (0.5, 3.0), 0.5, 48, 32)
+
+
+# ── as a process ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    """Best of three, since other work may share the machine; bench/cold_start.py measures it properly."""
+    seconds: list[float] = []
+    for _ in range(3):
+        before = time.perf_counter()
+        done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, cwd=tmp_path)
+        seconds.append(time.perf_counter() - before)
+        assert done.returncode == 0
+        assert "generate" in done.stdout
+    assert min(seconds) < 0.4
+
+
+@pytest.mark.parametrize("command", [["samplers"], ["--help"]])
+def test_a_reader_that_leaves_early_is_no_error(command: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_output_to_a_full_disk_is_told(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "samplers"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert done.returncode == 5
+    assert one_line(done.stderr)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_terminal_and_disk_whole(
+    number: int, code: int, tiny_file: Path, tmp_path: Path
+) -> None:
+    ours, theirs = pty.openpty()
+    argv = [*COMMAND, "generate", "a", "--model", str(tiny_file), "-n", "100", "--steps", "1000", "--out", "new/a.png"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path, env=environment())
+    os.close(theirs)
+    seen = read_until(ours, lambda text: b"drawing" in text, 60)
+    process.send_signal(number)
+    seen += read_until(ours, lambda _: False, 30)
+    assert process.wait(10) == code
+    assert b"Traceback" not in seen
+    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l"), "the cursor was left hidden"
+    assert list(tmp_path.iterdir()) == []
+
+
+def read_until(fd: int, done: Callable[[bytes], Any], seconds: float) -> bytes:
+    seen, end = b"", time.monotonic() + seconds
+    while time.monotonic() < end and not done(seen):
+        if not select.select([fd], [], [], 0.1)[0]:
+            continue
+        try:
+            part = os.read(fd, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        seen += part
+    return seen
