@@ -74,3 +74,140 @@ def zero(module: nn.Module) -> nn.Module:
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def sinusoids(t: Tensor, dim: int, shift: float = 0.0, sines_first: bool = False) -> Tensor:
+    """Sinusoids of a time (B,) as (B, dim), in the order of operations that the published networks were trained with.
+
+    Rounding matters: at t = 999 another order differs by 1e-4. ``shift`` makes the last frequency 1e-4 itself (1) or
+    the one before (0).
+    """
+    half = dim // 2
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    angles = t.float()[:, None] * torch.exp(exponents)  # (B, dim/2)
+    y = torch.cat([angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()], dim=-1)
+    return F.pad(y, (0, dim % 2))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, *, causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Multi-head attention of q (B, N, D) over k, v (B, M, D); ``mask`` broadcasts against (B, heads, N, M)."""
+    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N, D/heads)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return y.transpose(1, 2).flatten(2)
+
+
+class CrossAttention(nn.Module):
+    """Attention of x (B, N, D) over itself or a context (B, M, D_context), with three projections of their own."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False, inner: int = 0):
+        super().__init__()
+        self.heads, inner = heads, inner or dim
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, inner, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, inner, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attend; ``mask`` (B, M) is true at the context's real tokens."""
+        source = x if context is None else context
+        bias = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, M)
+        return self.to_out[0](attend(self.to_q(x), self.to_k(source), self.to_v(source), self.heads, bias))
+
+
+class Projected(nn.Module):
+    """A linear layer and the activation after it, named ``proj`` as the published weights have it."""
+
+    def __init__(self, dim: int, out: int, activation: str):
+        super().__init__()
+        self.activation = activation
+        self.proj = nn.Linear(dim, 2 * out if activation == "geglu" else out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) → (…, out) by GELU, its tanh form, or GEGLU (Shazeer 2002.05202), whose second half is the gate."""
+        x = self.proj(x)
+        if self.activation == "geglu":
+            x, gate = x.chunk(2, dim=-1)
+            return x * F.gelu(gate)
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu-tanh" else "none")
+
+
+class ProjectedFeedForward(nn.Module):
+    """Two linear layers around an activation: (B, N, D) → (B, N, D)."""
+
+    def __init__(self, dim: int, activation: str = "geglu", inner: int = 0):
+        super().__init__()
+        inner = inner or 4 * dim
+        self.net = nn.ModuleDict({"0": Projected(dim, inner, activation), "2": nn.Linear(inner, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to every token."""
+        return self.net["2"](self.net["0"](x))
+
+
+class Perceptron(nn.Module):
+    """linear → SiLU → linear: (B, dim) → (B, out)."""
+
+    def __init__(self, dim: int, out: int, condition: int = 0):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim, out), nn.Linear(out, out)
+        self.cond_proj = nn.Linear(condition, dim, bias=False) if condition else None
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Embed x, to which a projected condition (B, condition) may be added before."""
+        x = x.to(self.linear_1.weight.dtype)
+        if self.cond_proj is not None and condition is not None:
+            x = x + self.cond_proj(condition.to(x.dtype))
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ConvBlock(nn.Module):
+    """Two normalized convolutions beside a shortcut, shifted by the embedding (B, E) between them, if there is one.
+
+    (B, C, H, W) → (B, out, H, W).
+    """
+
+    def __init__(self, channels: int, out: int, embedding: int | None, groups: int = 32, eps: float = 1e-6):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels, eps)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding, out) if embedding else None
+        self.norm2 = nn.GroupNorm(groups, out, eps)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """Apply to x; the embedding comes through its SiLU already."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and embedding is not None:
+            h = h + self.time_emb_proj(embedding)[..., None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Downsample(nn.Module):
+    """Halve the side by a convolution of stride 2; ``one_sided`` pads below and to the right only."""
+
+    def __init__(self, channels: int, one_sided: bool = False):
+        super().__init__()
+        self.one_sided = one_sided
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if one_sided else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, ⌈H/2⌉, ⌈W/2⌉), or half rounded down if one-sided."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+
+
+class Upsample(nn.Module):
+    """Enlarge by repetition, then smooth by a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, C, H, W) → (B, C, 2H, 2W), or the given size."""
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -1,0 +1,184 @@
+"""From the JSON configurations of published folders to the networks' own configurations.
+
+A setting that would change the network, and that the network cannot follow, is refused; others are of no concern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from sfumato.errors import BadCheckpoint
+from sfumato.networks.autoencoder import AutoencoderConfig, TinyAutoencoderConfig
+from sfumato.networks.sd_unet import SDUNetConfig
+from sfumato.text.clip import CLIPConfig
+from sfumato.text.t5 import T5Config
+
+Json = Mapping[str, Any]
+T = TypeVar("T")
+
+
+def sd_unet_config(raw: Json) -> SDUNetConfig:
+    """The U-Net of Stable Diffusion, from a ``UNet2DConditionModel``'s configuration."""
+    return _read("U-Net", raw, _sd_unet)
+
+
+def autoencoder_config(raw: Json) -> AutoencoderConfig:
+    """The KL autoencoder, from an ``AutoencoderKL``'s configuration."""
+    return _read("autoencoder", raw, _autoencoder)
+
+
+def tiny_autoencoder_config(raw: Json) -> TinyAutoencoderConfig:
+    """The tiny autoencoder, from an ``AutoencoderTiny``'s configuration."""
+    return _read("tiny autoencoder", raw, _tiny_autoencoder)
+
+
+def clip_config(raw: Json, projected: bool) -> CLIPConfig:
+    """CLIP's text tower, from a ``CLIPTextModel``'s configuration, with its projection or without."""
+    return _read("text tower", raw, lambda c: _clip(c, projected))
+
+
+def t5_config(raw: Json) -> T5Config:
+    """T5's encoder, from a ``T5EncoderModel``'s configuration."""
+    return _read("T5 encoder", raw, _t5)
+
+
+def _read(what: str, raw: Json, build: Callable[[Json], T]) -> T:
+    try:
+        return build(raw)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as e:
+        raise BadCheckpoint(f"the {what}'s configuration cannot be followed: {type(e).__name__}: {e}") from None
+
+
+def _only(raw: Json, **allowed: Any) -> None:
+    """Refuse settings of which only these values are known; an absent one is fine."""
+    for key, known in allowed.items():
+        known = known if isinstance(known, tuple) else (known,)
+        if key in raw and raw[key] not in known:
+            raise ValueError(f"{key} {raw[key]!r} is not supported, only {', '.join(map(repr, known))}")
+
+
+def _each(value: Any, n: int) -> tuple[Any, ...]:
+    """One entry per resolution, whether given as one for all or as a list."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * n
+
+
+def _depths(types: Any, attentive: str, plain: str, layers: tuple[Any, ...]) -> tuple[int, ...]:
+    for t in types:
+        _only({"block type": t}, **{"block type": (attentive, plain)})
+    return tuple(int(depth) if t == attentive else 0 for t, depth in zip(types, layers, strict=True))
+
+
+def _sd_unet(c: Json) -> SDUNetConfig:
+    _only(
+        c, act_fn=("silu", "swish"), center_input_sample=False, class_embed_type=None, dual_cross_attention=False,
+        encoder_hid_dim_type=None, encoder_hid_dim=None, resnet_time_scale_shift="default",
+        resnet_skip_time_act=False, resnet_out_scale_factor=(1, None), time_embedding_type="positional",
+        time_embedding_dim=None, time_embedding_act_fn=None, timestep_post_act=None, conv_in_kernel=3,
+        conv_out_kernel=3, attention_type="default", class_embeddings_concat=False, cross_attention_norm=None,
+        downsample_padding=1, mid_block_scale_factor=1, addition_embed_type=(None, "text_time"),
+        mid_block_type=(None, "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), num_attention_heads=None,
+    )  # fmt: skip
+    widths = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
+    n = len(widths)
+    types = c.get("down_block_types", ("CrossAttnDownBlock2D",) * (n - 1) + ("DownBlock2D",))
+    types_up = c.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (n - 1))
+    layers = _each(c.get("transformer_layers_per_block", 1), n)
+    layers_up = c.get("reverse_transformer_layers_per_block") or layers[::-1]
+    cross_only = _each(c.get("only_cross_attention", False), n)
+    middle = c.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    sized = c.get("addition_embed_type") == "text_time"
+    return SDUNetConfig(
+        in_channels=c.get("in_channels", 4),
+        out_channels=c.get("out_channels", 4),
+        widths=widths,
+        blocks=_each(c.get("layers_per_block", 2), n),
+        depth=_depths(types, "CrossAttnDownBlock2D", "DownBlock2D", layers),
+        depth_up=_depths(types_up, "CrossAttnUpBlock2D", "UpBlock2D", tuple(layers_up)),
+        depth_middle=layers[-1] if middle == "UNetMidBlock2DCrossAttn" else 0,
+        middle=middle is not None,
+        heads=_each(c.get("attention_head_dim", 8), n),  # the published name says otherwise, but it is their number
+        context_dim=_each(c.get("cross_attention_dim", 1280), n),
+        self_attention=tuple(not x for x in cross_only),
+        linear=c.get("use_linear_projection", False),
+        size_dim=c["addition_time_embed_dim"] if sized else 0,
+        vector=c["projection_class_embeddings_input_dim"] if sized else 0,
+        classes=c.get("num_class_embeds") or 0,
+        guidance_dim=c.get("time_cond_proj_dim") or 0,
+        groups=c.get("norm_num_groups", 32),
+        eps=c.get("norm_eps", 1e-5),
+        sines_first=not c.get("flip_sin_to_cos", True),
+        frequency_shift=c.get("freq_shift", 0),
+    )
+
+
+def _autoencoder(c: Json) -> AutoencoderConfig:
+    _only(c, act_fn=("silu", "swish"))
+    for types, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        for t in c.get(types, ()):
+            _only({types: t}, **{types: known})
+    return AutoencoderConfig(
+        in_channels=c.get("in_channels", 3),
+        out_channels=c.get("out_channels", 3),
+        latent_channels=c.get("latent_channels", 4),
+        widths=tuple(c.get("block_out_channels", (64,))),
+        blocks=c.get("layers_per_block", 1),
+        groups=c.get("norm_num_groups", 32),
+        quantized=c.get("use_quant_conv", True),
+        post_quantized=c.get("use_post_quant_conv", True),
+        middle_attention=c.get("mid_block_add_attention", True),
+        scale=c.get("scaling_factor", 0.18215),
+        shift=c.get("shift_factor") or 0.0,
+        mean=tuple(c.get("latents_mean") or ()),
+        deviation=tuple(c.get("latents_std") or ()),
+    )
+
+
+def _tiny_autoencoder(c: Json) -> TinyAutoencoderConfig:
+    _only(c, act_fn="relu", upsample_fn="nearest", upsampling_scaling_factor=2)
+    return TinyAutoencoderConfig(
+        in_channels=c.get("in_channels", 3),
+        out_channels=c.get("out_channels", 3),
+        latent_channels=c.get("latent_channels", 4),
+        encoder_widths=tuple(c.get("encoder_block_out_channels", (64,) * 4)),
+        decoder_widths=tuple(c.get("decoder_block_out_channels", (64,) * 4)),
+        encoder_blocks=tuple(c.get("num_encoder_blocks", (1, 3, 3, 3))),
+        decoder_blocks=tuple(c.get("num_decoder_blocks", (3, 3, 3, 1))),
+        scale=c.get("scaling_factor", 1.0),
+        shift=c.get("shift_factor") or 0.0,
+    )
+
+
+def _clip(c: Json, projected: bool) -> CLIPConfig:
+    end = c.get("eos_token_id", 49407)
+    return CLIPConfig(
+        vocabulary=c.get("vocab_size", 49408),
+        dim=c.get("hidden_size", 512),
+        inner=c.get("intermediate_size", 2048),
+        layers=c.get("num_hidden_layers", 12),
+        heads=c.get("num_attention_heads", 8),
+        positions=c.get("max_position_embeddings", 77),
+        projection=c.get("projection_dim", 512) if projected else 0,
+        activation=c.get("hidden_act", "quick_gelu"),
+        eps=c.get("layer_norm_eps", 1e-5),
+        end=None if end in (2, None) else end,  # 2 is the mark of the first published files, and not the token's id
+    )
+
+
+def _t5(c: Json) -> T5Config:
+    # Published v1.1 files say "gated-gelu"; newer ones carry what follows from it instead.
+    form = c.get("feed_forward_proj", "relu")
+    if form not in ("relu", "gated-gelu"):
+        raise ValueError(f"feed_forward_proj {form!r} is not supported")
+    return T5Config(
+        vocabulary=c.get("vocab_size", 32128),
+        dim=c.get("d_model", 512),
+        inner=c.get("d_ff", 2048),
+        layers=c.get("num_layers", 6),
+        heads=c.get("num_heads", 8),
+        head_dim=c.get("d_kv", 64),
+        gated=form == "gated-gelu",
+        buckets=c.get("relative_attention_num_buckets", 32),
+        max_distance=c.get("relative_attention_max_distance", 128),
+        eps=c.get("layer_norm_epsilon", 1e-6),
+    )
