@@ -101,7 +101,8 @@ def _print(findings: Findings, captions: str) -> None:
         spread = words["words"]
         print(f"captions      {words['count']}, {words['different']} different, {words['empty']} empty")
         print(
-            f"words         {spread['min']}–{spread['max']}, median {spread['median']:g}; {words['vocabulary']} different"
+            f"words         {spread['min']}–{spread['max']}, median {spread['median']:g}, "
+            f"{words['vocabulary']} different"
         )
         print(f"commonest     {', '.join(f'{printable(w)} {n}' for w, n in words['commonest_words'])}")
     for column, values in facts["columns"].items():

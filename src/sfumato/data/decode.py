@@ -74,8 +74,8 @@ def fit(image: Image.Image, size: int, crop: str, background: str = "white") -> 
     short = min(w, h)
     if crop == "random" and w != h:
         return image.resize((round(w * size / short), round(h * size / short)), lanczos)
-    left, top = (w - short) / 2, (h - short) / 2
-    return image.resize((size, size), lanczos, box=(left, top, left + short, top + short))
+    left, top = (w - short) // 2, (h - short) // 2
+    return image.crop((left, top, left + short, top + short)).resize((size, size), lanczos)
 
 
 def to_array(image: Image.Image, channels: int = 3) -> np.ndarray:

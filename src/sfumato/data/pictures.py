@@ -109,11 +109,11 @@ class Pictures:
         return digest.hexdigest()
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
-        if (seed, epoch) not in self._orders:
-            while len(self._orders) > 1:  # a step touches two epochs at most, unless they are tiny
-                del self._orders[next(iter(self._orders))]
-            self._orders[seed, epoch] = self.order(seed, epoch)
-        return self._orders[seed, epoch]
+        known = self._orders
+        if (seed, epoch) not in known:  # a new dict each time, as threads may read the old one
+            known = dict([*known.items()][-1:]) | {(seed, epoch): self.order(seed, epoch)}
+            object.__setattr__(self, "_orders", known)
+        return known[seed, epoch]
 
 
 class LazyImages:
