@@ -1,0 +1,119 @@
+"""Tokenizers against transformers', and what may be written in a prompt."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from sfumato.errors import BadCheckpoint
+from sfumato.text.prompt import chunks, grid, parse, weigh
+from sfumato.text.tokenizer import clip_vocabulary, clip_words, packaged_clip, packaged_merges
+
+PROMPTS = [
+    "an astronaut riding a horse, oil painting, golden hour",
+    "A Cat's   BEST\tfriend isn't 123 dogs!!! (no)",
+    "café, naïve, ÅNGSTRÖM, 北京, 🦊🦊 e\u0301",
+    "",
+    "x" * 300,
+]
+
+
+def their_vocabulary(folder: Path) -> CLIPTokenizer:
+    merges = [tuple(line.split(" ")) for line in packaged_merges().splitlines()]
+    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(merges)))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + packaged_merges())
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def test_the_packaged_vocabulary_is_clips() -> None:
+    tokenizer = packaged_clip()
+    assert tokenizer.get_vocab_size() == 49408
+    ids = tokenizer.encode("a photo of a cat").ids
+    assert ids == [320, 1125, 539, 320, 2368]  # as published with CLIP
+    assert tokenizer.token_to_id("<|startoftext|>") == 49406
+    assert tokenizer.token_to_id("<|endoftext|>") == 49407
+
+
+def test_equals_transformers_from_either_kind_of_files(tmp_path: Path) -> None:
+    theirs = their_vocabulary(tmp_path)
+    saved = tmp_path / "saved"
+    theirs.save_pretrained(saved)
+    for words in (clip_words(None, 77), clip_words(tmp_path, 77), clip_words(saved, 77)):
+        for prompt in PROMPTS:
+            expected = theirs(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+            assert words.row(words(prompt)) == expected, prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "{}"), ("tokenizer.json", "\x00"), ("vocab.json", "{}"), ("other", "")],
+)
+def test_broken_tokenizer_files_are_refused(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(BadCheckpoint, match=str(tmp_path)):
+        clip_words(tmp_path, 77)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a fox", [("a fox", 1)]),
+        ("a (red) fox", [("a ", 1), ("red", 1.1), (" fox", 1)]),
+        ("a ((red)) fox", [("a ", 1), ("red", 1.21), (" fox", 1)]),
+        ("a [red] fox", [("a ", 1), ("red", 1 / 1.1), (" fox", 1)]),
+        ("a (red:1.5) fox", [("a ", 1), ("red", 1.5), (" fox", 1)]),
+        ("a (very (red:2):0.5)", [("a ", 1), ("very ", 0.5), ("red", 1)]),
+        (r"a \(red\) \\ fox", [("a (red) \\ fox", 1)]),
+        ("a (red fox", [("a ", 1), ("red fox", 1.1)]),
+        ("a red) fox]: 1", [("a red) fox]: 1", 1)]),
+        ("ratio 16:9 (big: 1.2)", [("ratio 16:9 ", 1), ("big", 1.2)]),
+        ("fox BREAK hill", [("fox ", 1), None, (" hill", 1)]),
+        ("BREAKFAST at B", [("BREAKFAST at B", 1)]),
+        ("", []),
+    ],
+)
+def test_weights_are_read(prompt: str, expected: list[tuple[str, float] | None]) -> None:
+    parsed = parse(prompt)
+    assert [p and p[0] for p in parsed] == [e and e[0] for e in expected]
+    for p, e in zip(parsed, expected, strict=True):
+        assert (p is None) == (e is None)
+        assert p is None or e is None or p[1] == pytest.approx(e[1])
+
+
+def test_parsing_ends_on_any_text() -> None:
+    r = random.Random(0)
+    for _ in range(500):
+        text = "".join(r.choice("ab ()[]:1.2\\BREAK\n🦊") for _ in range(r.randint(0, 60)))
+        parse(text)
+    parse("(" * 5000 + "a" + ")" * 5000)
+
+
+def test_long_prompts_become_chunks_and_breaks_start_new_ones() -> None:
+    words = clip_words(None, 77)
+    long = chunks("fox " * 200, words)
+    assert [len(c.ids) for c in long] == [77] * 3
+    fox = words("fox")[0]
+    assert sum(c.ids.count(fox) for c in long) == 200
+    assert all(c.ids[0] == words.start and words.end in c.ids for c in long)
+    assert len(chunks("a BREAK b", words)) == 2
+    assert len(chunks("fox " * 100_000, words)) == 64
+    ids, weights = grid(["(fox:2)", "a BREAK b"], words)
+    assert ids.shape == weights.shape == (2, 2, 77)
+    assert ids[0, 1].tolist() == words.row([])
+    assert weights[0, 0, :3].tolist() == [1, 2, 1]
+
+
+def test_weights_turn_states_and_keep_their_mean() -> None:
+    states = torch.randn(2, 5, 8) + 1
+    weights = torch.ones(2, 5)
+    assert weigh(states, weights) is states
+    weights[0, 2] = 1.5
+    out = weigh(states, weights)
+    torch.testing.assert_close(out[1], states[1])
+    torch.testing.assert_close(out.mean(dim=(1, 2)), states.mean(dim=(1, 2)))
+    torch.testing.assert_close(out[0, 2] / out[0, 1], 1.5 * states[0, 2] / states[0, 1])
