@@ -180,7 +180,9 @@ def test_plain_field_and_none(tmp_path: Path) -> None:
     assert set(load(root, captions="field:file_name", dropout=0.0).batch(0, 0, 30).captions) == {
         f"{i:03}.png" for i in range(3)
     }
-    assert set(load(root, captions="none").batch(0, 0, 30).captions) == {""}
+    none = load(root, captions="none")
+    assert set(none.batch(0, 0, 30).captions) == {""}
+    assert {r["caption"] for r in none.rows} == {""}
     dropped = load(root, dropout=0.5).batch(0, 0, 2000).captions
     assert dropped.count("") == pytest.approx(1000, abs=100)
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from sfumato.data.config import SAMPLE
+from sfumato.data.decode import PictureError
 from sfumato.data.sources import FASHION, Source, open_source
 from sfumato.errors import BadData
 
@@ -114,6 +115,27 @@ def test_a_folder_of_shards_is_their_sum(tmp_path: Path) -> None:
     assert [r.name for r in records] == [f"{s}.tar/{k}.png" for s in ("00", "01") for k in ("x/0", "x/1", "2")]
 
 
+def test_tables_beside_their_shards_are_no_data(tmp_path: Path) -> None:
+    for name in ("00000", "00001"):
+        write_tar(tmp_path / f"{name}.tar")
+        pq.write_table(pa.table({"url": ["x"]}), tmp_path / f"{name}.parquet")
+    source = open_source(tmp_path)
+    assert len(source.records) == 6
+    assert source.ignored == {".parquet": 2}
+
+
+def test_pipes_and_dead_links_are_bad_and_do_not_hang(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data")
+    os.mkfifo(root / "pipe.png")
+    os.mkfifo(root / "pipe.txt")
+    (root / "dead.png").symlink_to("nowhere.png")
+    (root / "dead.txt").write_text("words")
+    for record in open_source(root).records:
+        if record.name in ("pipe.png", "dead.png"):
+            with pytest.raises(PictureError, match="leads nowhere"):
+                record.read()
+
+
 def problems(source: Source) -> dict[str, str | None]:
     return {r.name: r.problem or (r.caption_problem if "caption" not in r.row else None) for r in source.records}
 
@@ -192,8 +214,6 @@ def test_text_that_is_not_utf8_in_parquet_is_kept_to_be_reported(tmp_path: Path)
 
 
 def test_damage_inside_a_parquet_file_is_noticed(tmp_path: Path) -> None:
-    from sfumato.data.decode import PictureError
-
     rng = np.random.default_rng(0)
     cells = [rng.bytes(20_000) for _ in range(200)]
     path = tmp_path / "p.parquet"

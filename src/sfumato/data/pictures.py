@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.data.captions import caption_problem, check_columns, write_caption
+from sfumato.data.captions import TEXT_COLUMNS, caption_problem, check_columns, write_caption
 from sfumato.data.config import DataConfig
 from sfumato.data.decode import PictureError, decode, fit, to_array
 from sfumato.data.report import Bad, Report
@@ -173,7 +173,7 @@ def load_pictures(
     on_report(report)
     report.require(config.bad_limit)
 
-    rows = [record.row for record in good]
+    rows = [_words_alone(record.row, config.captions) for record in good]
     weights = np.array([_weight(row, config) for row in rows], dtype=np.float64)
     if not weights.sum() > 0:
         raise BadData(f"{printable(str(path))}: data.weights leave nothing to draw")
@@ -189,6 +189,13 @@ def problem(record: Record, captions: str) -> str | None:
     if found and record.caption_problem and "caption" not in record.row:
         return f"no caption: {record.caption_problem}"
     return found
+
+
+def _words_alone(row: dict[str, Any], how: str) -> dict[str, Any]:
+    """Let ``caption`` hold the words that are used, and nothing be left of those that are not."""
+    if how == "none":
+        return {k: v for k, v in row.items() if k not in TEXT_COLUMNS} | {"caption": ""}
+    return {**row, "caption": row[how.removeprefix("field:")]} if how.startswith("field:") else row
 
 
 def _load(record: Record, config: DataConfig, size: int, channels: int) -> np.ndarray:

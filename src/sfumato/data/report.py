@@ -55,7 +55,10 @@ class Report:
         first = next(b for b in self.bad if b.reason == commonest[0])
         example = f"such as {printable(first.name)}: {printable(first.reason)}"
         if not self.ok:
-            raise BadData(f"{where}: all {self.total} pictures are bad, {example}; see `sfumato data check`")
+            hint = (
+                "data.captions=none trains without words" if "caption" in first.reason else "see `sfumato data check`"
+            )
+            raise BadData(f"{where}: all {self.total} pictures are bad, {example}; {hint}")
         raise BadData(
             f"{where}: {len(self.bad)} of {self.total} pictures are bad, {example}; mend them (`sfumato data check` "
             f"lists them), or go on without them by data.bad_limit={min(1.0, len(self.bad) / self.total + 0.01):.2f}"

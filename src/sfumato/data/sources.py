@@ -115,7 +115,7 @@ def _folder(root: Path) -> Source:
     files = sorted(_walk(root))
     kinds = {
         "IDX files": [f for f in files if _idx_split(f) is not None],
-        "parquet files": [f for f in files if f.suffix.lower() == ".parquet"],
+        "parquet files": [f for f in files if f.suffix.lower() == ".parquet" and not _tells_of_others(f, files)],
         "tar shards": [f for f in files if f.suffix.lower() == ".tar"],
         "pictures": [f for f in files if f.name == METADATA or f.suffix.lower() in SUFFIXES | UNSUPPORTED],
     }
@@ -137,6 +137,12 @@ def _folder(root: Path) -> Source:
     if kind == "tar shards":
         return Source(root, [r for f, n in zip(chosen, names, strict=True) for r in _tar(root / f, n)], ignored)
     return _pictures(root, files)
+
+
+def _tells_of_others(file: Path, files: list[Path]) -> bool:
+    """img2dataset writes 00000.parquet, without pictures, beside 00000.tar or the folder 00000."""
+    stem = file.with_suffix("")
+    return any(f == file.with_suffix(".tar") or stem in f.parents for f in files)
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -190,6 +196,8 @@ def _unsupported(suffix: str) -> str | None:
 
 
 def _read_caption(path: Path) -> tuple[str | None, str | None]:
+    if not path.is_file():
+        return None, f"{path.name} is no file, or a link that leads nowhere"
     try:
         with path.open("rb") as f:
             data = f.read(8 * MAX_CHARACTERS)
@@ -245,6 +253,8 @@ def _with_caption(row: dict[str, Any]) -> dict[str, Any]:
 
 def _reader(path: Path, offset: int = 0, size: int | None = None) -> Callable[[], bytes]:
     def read() -> bytes:
+        if not path.is_file():
+            raise PictureError("no file, or a link that leads nowhere")
         try:
             with path.open("rb") as f:
                 f.seek(offset)

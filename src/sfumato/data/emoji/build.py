@@ -257,7 +257,7 @@ def _check_renderer(wanted: str) -> None:
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        raise NoResources(f"{name} is needed to render the drawings: pip install {wanted}") from None
+        raise NoResources(f"{name} is needed to render the drawings: pip install 'sfumato[data]'") from None
     if found != version:
         raise NoResources(f"{name} {found} may draw other pixels than {version}: pip install {wanted}")
 
