@@ -21,6 +21,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/pyright
 
 ## Measurements: order of convergence, cold start, training throughput
+## The full form of the reliability tests
+soak: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest --soak
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/convergence.py
 	$(BIN)/python bench/cold_start.py

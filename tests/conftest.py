@@ -1,4 +1,4 @@
-"""The tiny model: the real family, network and text tower, with random weights, 16×16 pixels."""
+"""What all tests share: the tiny model (the real family with random weights, 16×16 pixels) and --soak."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ TINY = {
     "text": {"vocabulary": 300, "dim": 16, "layers": 1, "heads": 2, "max_tokens": 24},
     "defaults": {"steps": 4, "guidance": 2.0, "width": 16, "height": 16},
 }  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="the full form of the reliability tests: hours, not minutes")
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether counts are those of the full form."""
+    return request.config.getoption("--soak")
 
 
 @pytest.fixture(scope="session")

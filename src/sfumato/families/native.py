@@ -23,7 +23,7 @@ from sfumato.checkpoints.tensors import load_into
 from sfumato.config import from_dict
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
 from sfumato.diffusion.schedules import SCHEDULES, Schedule
-from sfumato.errors import BadCheckpoint
+from sfumato.errors import BadCheckpoint, nearest
 from sfumato.families.model import Defaults, Model
 from sfumato.networks.unet import UNet, UNetConfig
 from sfumato.text.tower import TextTower, TextTowerConfig
@@ -45,9 +45,25 @@ class NativeConfig:
     schedule: str = "flow"
     schedule_settings: Mapping[str, Any] = field(default_factory=dict)
     parameterization: str = "flow"
-    network: UNetConfig = field(default_factory=lambda: UNetConfig(clock_scale=1000.0))
+    network: UNetConfig = field(
+        default_factory=lambda: UNetConfig(
+            patch=2, widths=(96, 128, 144), blocks=1, heads=2, context_dim=160, clock_scale=1000.0
+        )
+    )
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     defaults: Defaults = field(default_factory=Defaults)
+
+    def __post_init__(self) -> None:
+        if self.network.context_dim != self.text.dim:
+            raise ValueError(f"network.context_dim is {self.network.context_dim}, but text.dim is {self.text.dim}")
+        for what, name, table in (
+            ("schedule", self.schedule, SCHEDULES),
+            ("parameterization", self.parameterization, PARAMETERIZATIONS),
+        ):
+            if name not in table:
+                raise ValueError(f"no {what} named {name!r}{nearest(name, list(table))}")
+        if self.size % self.network.multiple:
+            raise ValueError(f"size {self.size} is not a multiple of {self.network.multiple}, as the network needs")
 
     def build_schedule(self) -> Schedule:
         """Return the noise schedule."""

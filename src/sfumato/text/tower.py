@@ -20,8 +20,8 @@ PAD, END = "<pad>", "<end>"
 class TextTowerConfig:
     """The tower's shape; ``max_tokens`` includes the end token that every prompt carries."""
 
-    vocabulary: int = 4096
-    dim: int = 256
+    vocabulary: int = 3072
+    dim: int = 160
     layers: int = 3
     heads: int = 4
     max_tokens: int = 32

@@ -21,12 +21,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", nargs="?", help="a YAML recipe; left out, a small pixel model")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as steps=2000")
     parser.add_argument("--data", metavar="PATH", help="folder of captioned pictures, .parquet or .tar")
-    parser.add_argument("--run", metavar="DIR", help="where the run lives (default: runs/NAME)")
+    parser.add_argument("--run", metavar="DIR", help="where the run lives, also as run=DIR (default: runs/NAME)")
     args = parser.parse_intermixed_args(argv)
     overrides = list(args.overrides)
     if args.recipe and "=" in args.recipe:
         overrides.insert(0, args.recipe)
         args.recipe = None
+    for place in [o for o in overrides if o.startswith("run=")]:  # torchrun takes --run for an option of its own
+        overrides.remove(place)
+        args.run = place.removeprefix("run=")
 
     from sfumato.errors import BadData
     from sfumato.training.recipe import build_recipe, load_recipe

@@ -142,8 +142,9 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
                     loss = losses.loss.mean() / recipe.accumulate
                     loss.backward()
                 value += float(loss.detach())
+            value = world.mean(value)
             norm = float(nn.utils.clip_grad_norm_(module.parameters(), recipe.optimizer.clip))
-            if math.isfinite(norm) and not world.any(not math.isfinite(value)):
+            if math.isfinite(norm) and math.isfinite(value):
                 for optimizer in optimizers:
                     optimizer.step()
                 ema.update(module, step)

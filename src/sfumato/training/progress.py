@@ -61,7 +61,7 @@ class Progress:
         self.rate = 0.95 * self.rate + 0.05 * pictures / seconds if self.rate else pictures / seconds
         self.loss = _smooth(self.loss, loss)
         self._levels = [_smooth(a, b) for a, b in zip(self._levels or levels, levels, strict=True)]
-        by_level = " ".join(f"{v:.3f}" for v in self._levels)
+        by_level = " ".join("–" if math.isnan(v) else f"{v:.3f}" for v in self._levels)
         text = f"loss {self.loss:.4f} (clean → noise {by_level}) · {self.rate:.0f} pictures/s · {self.memory} MB"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)

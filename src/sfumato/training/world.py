@@ -38,6 +38,14 @@ class World:
         dist.all_reduce(up, dist.ReduceOp.MAX)
         return bool(up)
 
+    def mean(self, value: float) -> float:
+        """Average a number over all ranks, NaN if it is NaN on one; all ranks must ask together."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, device=self.device, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total) / self.size
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
