@@ -50,11 +50,20 @@ def fetch(package: Package, folder: Path) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     wanted = f"{package.name}@{package.version}"
-    command = ["npm", "pack", wanted, "--ignore-scripts", "--silent", "--pack-destination", str(folder.resolve())]
+    command = [
+        "npm",
+        "pack",
+        wanted,
+        "--ignore-scripts",
+        "--loglevel=error",
+        "--pack-destination",
+        str(folder.resolve()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not path.exists():
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise NoResources(f"npm could not fetch {wanted}: {reason}")
+        lines = [re.sub(r"^npm (error|ERR!) ?", "", line).strip() for line in done.stderr.splitlines()]
+        reason = "; ".join(line for line in lines if line and "complete log" not in line)[:300]
+        raise NoResources(f"npm could not fetch {wanted}: {reason or 'no reason given'}")
     if (found := _integrity(path)) != package.integrity:
         path.unlink()
         raise BadData(f"{wanted} is not the package that was pinned: its integrity is {found}")
