@@ -180,9 +180,9 @@ def test_svg_and_rendering() -> None:
     pytest.importorskip("resvg_py")
     icons = {"width": 10, "height": 10}
     text = svg(icons, {"body": '<rect x="5" width="5" height="10" fill="currentColor"/>', "left": 0}, 64)
-    pixels = draw(text, 16)
-    assert pixels is not None
-    image = Image.frombytes("RGB", (16, 16), pixels)
+    drawn = draw(text, 16)
+    assert drawn is not None
+    image = Image.frombytes("RGB", (16, 16), drawn.pixels)
     assert image.getpixel((2, 8)) == (255, 255, 255)
     assert image.getpixel((13, 8)) == (26, 26, 26)
     assert draw(svg(icons, {"body": ""}, 64), 16) is None
@@ -223,7 +223,7 @@ def test_other_bytes_than_pinned_are_refused(npm: Path, tmp_path: Path) -> None:
 
 
 def test_npm_that_fails_says_why(npm: Path, tmp_path: Path) -> None:
-    with pytest.raises(NoResources, match=r"npm could not fetch b@1\.0\.0: 404"):
+    with pytest.raises(NoResources, match=r"npm could not fetch b@1\.0\.0: .*404"):
         fetch(Package("b", "1.0.0", "sha512-AAAA"), tmp_path / "out")
 
 

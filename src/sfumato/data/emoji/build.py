@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -228,8 +228,15 @@ def svg(icons: Mapping[str, Any], icon: Mapping[str, Any], size: int) -> str:
     )
 
 
-def draw(content: str | bytes, size: int) -> bytes | None:
-    """Render a drawing on white at size × size, as the bytes of its RGB pixels; None if nothing is to be seen."""
+class Drawn(NamedTuple):
+    """A rendered drawing: its RGB pixels, and what is the same for two drawings that count as one."""
+
+    pixels: bytes
+    likeness: bytes
+
+
+def draw(content: str | bytes, size: int) -> Drawn | None:
+    """Render a drawing on white at size × size; None if nothing is to be seen."""
     if isinstance(content, str):
         import resvg_py
 
@@ -242,7 +249,9 @@ def draw(content: str | bytes, size: int) -> bytes | None:
         image = square
     if image.getextrema() == ((255, 255),) * 3:
         return None
-    return image.resize((size, size), Image.Resampling.LANCZOS).tobytes()
+    pixels = image.resize((size, size), Image.Resampling.LANCZOS).tobytes()
+    # Likeness is judged through the bicubic filter, as it was when the corpus was first made: two flags hang on it.
+    return Drawn(pixels, hashlib.sha256(image.resize((size, size), Image.Resampling.BICUBIC).tobytes()).digest())
 
 
 def _codes(icons: Mapping[str, Any]) -> dict[str, str]:
@@ -291,28 +300,28 @@ def build_style(
             wanted.append((d, emoji))
     rows: list[Row] = []
     taken: set[str] = set()
-    by_pixels: dict[bytes, Row] = {}
+    known: dict[bytes, Row] = {}
     drawn = (pool.map if pool else map)(_draw_one, [d.content for d, _ in wanted], [config.size] * len(wanted))
-    for (d, emoji), pixels in zip(wanted, drawn, strict=True):
+    for (d, emoji), picture in zip(wanted, drawn, strict=True):
         row = _row(d, emoji, style)
         if row["key"] in taken and not style.variants:
             counts["repeated emoji"] += 1
-        elif isinstance(pixels, str) or pixels is None:
-            counts["blank" if pixels is None else f"failed ({d.name}: {pixels})"] += 1
-        elif pixels in by_pixels:
+        elif isinstance(picture, str) or picture is None:
+            counts["blank" if picture is None else f"failed ({d.name}: {picture})"] += 1
+        elif picture.likeness in known:
             counts["repeated pictures"] += 1
-            first = by_pixels[pixels]
+            first = known[picture.likeness]
             if row["name"] not in (first["name"], *first["alt_names"]):
                 first["alt_names"].append(row["name"])
         else:
             counts["pictures"] += 1
             taken.add(row["key"])
-            rows.append({**row, "image": _png(pixels, config.size)})
-            by_pixels[pixels] = rows[-1]
+            rows.append({**row, "image": _png(picture.pixels, config.size)})
+            known[picture.likeness] = rows[-1]
     return rows
 
 
-def _draw_one(content: str | bytes, size: int) -> bytes | str | None:
+def _draw_one(content: str | bytes, size: int) -> Drawn | str | None:
     try:
         return draw(content, size)
     except Exception as e:  # a drawing that the renderer refuses is counted, with its reason
