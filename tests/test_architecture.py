@@ -19,7 +19,8 @@ ROOMS: dict[str, set[str]] = {
     "families": {"diffusion", "networks", "text", "checkpoints"},
     "pipeline": {"families", "diffusion"},
     "training": {"diffusion", "networks", "text", "checkpoints", "families", "data"},
-    "cli": {"pipeline", "training", "families", "checkpoints", "diffusion"},
+    "evaluation": {"pipeline", "families", "checkpoints", "data"},
+    "cli": {"pipeline", "training", "evaluation", "families", "checkpoints", "diffusion", "data"},
     "__init__": {"pipeline"},
     "__main__": {"cli"},
 }

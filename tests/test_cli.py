@@ -136,6 +136,23 @@ def test_a_replay_tells_what_differs(
     assert f"pixels differ (numpy 1.0 is now {np.__version__})" in out
 
 
+def test_a_replay_takes_as_many_threads_as_its_picture_did(run: Run, tiny_file: Path) -> None:
+    """The order of sums depends on their number, and the last bits on the order."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        run("generate", "a", "--model", tiny_file, "--seed", 1, "--out", "a.png")
+        torch.set_num_threads(1)
+        code, out, _ = run("replay", "a.png", "--model", tiny_file)
+        assert code == 0
+        assert "pixels equal" in out
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_recorded_model_name_opens_nothing_elsewhere(run: Run, tiny_file: Path, tmp_path: Path) -> None:
     run("generate", "a", "--model", tiny_file, "--seed", 1, "--out", "a.png")
     from PIL import PngImagePlugin

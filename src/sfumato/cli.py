@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FORWARDED = {  # command → module whose ``main(argv) -> int`` reads the command's own flags
     "train": ("sfumato.training.cli", "train a model by a recipe, or on a folder of pictures"),
+    "evaluate": ("sfumato.evaluation.cli", "measure a model against real pictures"),
     "data": ("sfumato.data.cli", "check a data set, or rebuild the corpus"),
 }
 
@@ -266,7 +267,7 @@ def _replay(args: argparse.Namespace) -> int:
     old = stored.picture
     scale = _scale(args.scale) or stored.scale
     target = Target.plan(args.out, args.force, files=1)
-    pipe = _load(args.model or os.path.basename(old.model), threads=old.made_with.get("threads"))
+    pipe = _load(args.model or Path(old.model).name, threads=old.made_with.get("threads"))
     if pipe.model.hash != old.model_hash:
         raise BadCheckpoint(
             f"{args.picture} was made by model {old.model!r} with hash {old.model_hash[:12]}, but "
@@ -509,7 +510,7 @@ def _load(name: str | None, threads: object = None) -> Pipeline:
     with _status(f"loading {name or 'the model'}"):
         from sfumato.pipeline.pipeline import load
 
-        if isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= 4096:
+        if isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= 256:
             import torch
 
             torch.set_num_threads(threads)  # the order of sums, and so the last bits, may depend on it

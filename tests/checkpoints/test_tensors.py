@@ -114,10 +114,10 @@ HOSTILE: dict[str, bytes] = {
 def test_hostile_files_are_refused_quickly_in_one_line(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(HOSTILE[kind])
-    before = time.perf_counter()
+    before = time.process_time()
     with pytest.raises(BadCheckpoint) as caught:
         read_tensors(path)
-    assert time.perf_counter() - before < 1
+    assert time.process_time() - before < 1
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300 + len(str(path))
@@ -154,7 +154,7 @@ def test_a_good_file_is_known_by_its_content_and_comes_back_whole(tmp_path: Path
     assert all(torch.equal(loaded[k], tensors[k]) for k in tensors)
 
 
-def test_mutated_headers_load_or_are_refused_and_never_crash(tmp_path: Path) -> None:
+def test_mutated_headers_load_or_are_refused_and_never_crash(tmp_path: Path, soak: bool) -> None:
     good = tmp_path / "good.safetensors"
     save_file({"a.weight": torch.randn(2, 3), "a.bias": torch.randn(3).half(), "n": torch.arange(2)}, good, {"k": "v"})
     source, path = good.read_bytes(), tmp_path / "mutant.safetensors"
@@ -162,7 +162,8 @@ def test_mutated_headers_load_or_are_refused_and_never_crash(tmp_path: Path) -> 
     random_ = random.Random(0)
     end = 8 + int.from_bytes(source[:8], "little")
     refused, slowest = 0, 0.0
-    for _ in range(3000):
+    count = 100_000 if soak else 3000
+    for _ in range(count):
         data = bytearray(source)
         for _ in range(random_.randint(1, 4)):
             at = random_.randrange(end) if random_.random() < 0.95 else random_.randrange(len(data))
@@ -181,16 +182,16 @@ def test_mutated_headers_load_or_are_refused_and_never_crash(tmp_path: Path) -> 
         with path.open("r+b") as file:  # quicker than a new file
             file.write(data)
             file.truncate()
-        before = time.perf_counter()
+        before = time.process_time()
         try:
             read_header(path)
         except BadCheckpoint:
             refused += 1
-        slowest = max(slowest, time.perf_counter() - before)
+        slowest = max(slowest, time.process_time() - before)
         if random_.random() < 0.05:
             with contextlib.suppress(BadCheckpoint):
                 read_tensors(path)
-    assert refused > 2500
+    assert refused > 0.8 * count
     assert slowest < 0.05
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,10 @@ class Pipeline:
         request = request.resolve(self.model)
         assert request.spacing is not None
         assert request.steps is not None
-        path = SPACINGS[request.spacing](self.model.schedule, request.steps)
+        assert request.width is not None
+        assert request.height is not None
+        settings = self.model.spacings(request.width, request.height).get(request.spacing, {})
+        path = SPACINGS[request.spacing](self.model.schedule, request.steps, **settings)
         if self.model.parameterization.det(path[0]) == 0:
             raise BadRequest(NO_PICTURE)
         return self._run(request, path)
@@ -87,15 +91,21 @@ class Pipeline:
         for step in SAMPLERS[request.sampler](self._denoiser(request), x, path, FreshNoise(seeds), **settings):
             x = step.x
             yield step
-        name, made_with = os.path.basename(self.model.name), self._made_with()
+        name, made_with = PurePath(self.model.name).name, self._made_with()
         for seed, pixels in zip(seeds, self.pixels(x), strict=True):
             yield Picture(pixels, replace(request, seed=seed, n=1), name, self.model.hash, made_with)
 
     def _denoiser(self, request: Request) -> Denoiser:
         """Bind the network to a request's words, and guide it."""
-        plain = request.guidance == 1
+        assert request.width is not None
+        assert request.height is not None
+        assert request.guidance is not None
+        plain = request.guidance == 1 or self.model.distilled
         with torch.inference_mode():
-            words = self.model.encode([request.prompt] if plain else [request.prompt, request.negative])
+            words = dict(self.model.encode([request.prompt] if plain else [request.prompt, request.negative]))
+            rows = 1 if plain else 2
+            for key, value in self.model.situate(request.width, request.height, request.guidance).items():
+                words[key] = value.to(self.device).expand(rows, *value.shape[1:])
 
         def predict(x: Tensor, level: NoiseLevel, rows: int) -> list[Prediction]:
             """The predictions for x under each of the first rows of words, from one batch."""
