@@ -8,6 +8,7 @@ in the same run and precision, before and after.
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,10 +50,8 @@ def main(path: str = "recipes/emoji-32.yaml", seconds: float = 30.0) -> None:
             flops = counter.get_total_flops() / 8
             watch = Watch(seconds)
             before = matmul_rate(dtype)
-            try:
+            with suppress(StopIteration):
                 train(task, settings, Path(folder), watch)
-            except StopIteration:
-                pass
             peak = max(before, matmul_rate(dtype))
         rate = watch.pictures / watch.seconds
         print(

@@ -191,9 +191,11 @@ def test_kill_9_at_any_moment_of_the_real_command_ends_in_the_same_bytes(tmp_pat
     assert leftovers == []
 
 
-def test_two_ranks_see_the_same_order_and_agree_with_one(tmp_path: Path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_see_the_same_order_and_agree_with_one(tmp_path: Path, parallel: str):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    args = ("steps=4", "checkpoint_every=4")
+    args = ("steps=4", "checkpoint_every=4", "accumulate=1" if parallel == "ddp" else "accumulate=3")
+    args += (f"parallel={parallel}",)
     subprocess.run(command(tmp_path / "one", *args), env=ENV, check=True, capture_output=True)
     subprocess.run(
         command(tmp_path / "two", *args, launcher=(sys.executable, *launcher)), env=ENV, check=True, capture_output=True
@@ -204,6 +206,8 @@ def test_two_ranks_see_the_same_order_and_agree_with_one(tmp_path: Path):
     assert two == pytest.approx(one, rel=0.02)
     # Taken up by a world of another size, the run goes on where it was.
     for name in ("one", "two"):
-        subprocess.run(command(tmp_path / name, "steps=6"), env=ENV, check=True, capture_output=True)
+        subprocess.run(
+            command(tmp_path / name, "steps=6", f"parallel={parallel}"), env=ENV, check=True, capture_output=True
+        )
     assert len(figures(tmp_path / "two")) == 6
     assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=0.02)

@@ -69,13 +69,9 @@ class DenoiserTask:
         """Draw the recipe's prompts with the averaged weights, one row of three seeds each."""
         from sfumato.training.grid import draw_grid
 
-        current = {k: v.clone() for k, v in self.module.state_dict().items()}
-        self.module.load_state_dict(dict(weights))
-        try:
-            draw_grid(self.module, list(self.recipe.grid_prompts), path)
-        finally:
-            self.module.load_state_dict(current)
-            self.module.train()
+        averaged = Native(self.recipe.model, self.module.text.tokenizer)
+        averaged.load_state_dict(dict(weights))
+        draw_grid(averaged, list(self.recipe.grid_prompts), path)
 
 
 def _learn_tokenizer(pictures: Pictures, vocabulary: int, path: Path) -> None:

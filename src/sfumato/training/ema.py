@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sfumato.training.world import local, placed_like
+
 
 class EMA:
     """Averages of a module's state: e ← d·e + (1−d)·w, with d warmed up as min(d, (1+n)/(10+n)).
 
     Args:
-        decays: one average is kept for each.
+        decays: one average is kept for each; the first is the one that is sampled from and shipped.
     """
 
     def __init__(self, module: nn.Module, decays: tuple[float, ...]):
@@ -20,15 +22,10 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights after training step ``step``, counted from 0."""
-        new = [v.detach().float() for v in module.state_dict().values()]
+        new = [local(v.detach()).float() for v in module.state_dict().values()]
         for decay, average in zip(self.decays, self.averages, strict=True):
             d = min(decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.values()), new, 1 - d)
-
-    @property
-    def first(self) -> dict[str, Tensor]:
-        """The average that is sampled from and shipped."""
-        return self.averages[0]
+            torch._foreach_lerp_([local(v) for v in average.values()], new, 1 - d)
 
     def tensors(self) -> dict[str, Tensor]:
         """All averages under flat names."""
@@ -38,4 +35,5 @@ class EMA:
         """Put back what ``tensors`` took."""
         for name, v in flat.items():
             i, key = name.split(".", 1)
-            self.averages[int(i)][key].copy_(v)
+            average = self.averages[int(i)]
+            average[key].copy_(placed_like(v, average[key]))

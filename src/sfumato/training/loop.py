@@ -35,7 +35,7 @@ from sfumato.training.progress import Progress
 from sfumato.training.recipe import OptimizerConfig, Recipe
 from sfumato.training.runlog import RunLog
 from sfumato.training.state import Checkpoint, load_newest, save_checkpoint
-from sfumato.training.world import World
+from sfumato.training.world import World, full, placed_like
 
 BAD_STEPS_ALLOWED = 10  # non-finite steps in a row before a run gives up
 
@@ -104,6 +104,7 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
         raise BadData(f"recipe: batch {recipe.batch} cannot be cut into {world.size} ranks × {recipe.accumulate} parts")
     precision = _settle_recipe(recipe, run, world)
     module = task.module.to(world.device)
+    wrapped = world.wrap(module, recipe.parallel)
     optimizers = build_optimizers(module, recipe.optimizer)
     ema = EMA(module, recipe.ema)
     start = 0
@@ -112,13 +113,13 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
         _restore(checkpoint, module, ema, optimizers)
         progress.note(f"resuming at step {start}")
     rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    wrapped = world.wrap(module)
     network = torch.compile(wrapped) if recipe.compile else wrapped
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def save(done: int) -> None:
+        snapshot = _snapshot(done, module, ema, optimizers)
         if world.main:
-            save_checkpoint(run / "checkpoints", _snapshot(done, module, ema, optimizers), recipe.keep)
+            save_checkpoint(run / "checkpoints", snapshot, recipe.keep)
         world.barrier()
 
     module.train()
@@ -129,21 +130,21 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
         for step in range(start, recipe.steps):
             torch.manual_seed((recipe.seed * 1_000_003 + step) % (1 << 63))  # dropout
             share = learning_rate(recipe.optimizer, step, recipe.steps)
-            for optimizer, full in zip(optimizers, rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, full, strict=True):
+            for optimizer, own in zip(optimizers, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, own, strict=True):
                     group["lr"] = rate * share
                 optimizer.zero_grad(set_to_none=True)
             value = 0.0
             for part in range(recipe.accumulate):
                 last = part + 1 == recipe.accumulate
-                with nullcontext() if last or world.size == 1 else wrapped.no_sync():  # type: ignore[operator]
+                with nullcontext() if last else world.no_sync(wrapped):
                     with autocast:
                         losses = task.losses(network, next(batches))
                     loss = losses.loss.mean() / recipe.accumulate
                     loss.backward()
                 value += float(loss.detach())
             value = world.mean(value)
-            norm = float(nn.utils.clip_grad_norm_(module.parameters(), recipe.optimizer.clip))
+            norm = float(full(nn.utils.clip_grad_norm_(module.parameters(), recipe.optimizer.clip)))
             if math.isfinite(norm) and math.isfinite(value):
                 for optimizer in optimizers:
                     optimizer.step()
@@ -168,15 +169,21 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
             if stopping and done < recipe.steps:
                 progress.note(f"stopped after step {done}; the same command goes on from there")
                 raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
-            if world.main and recipe.grid_every and (done % recipe.grid_every == 0 or done == recipe.steps):
-                task.grid(ema.first, run / f"grid-{done:08d}.png")
-    final = run / "final.safetensors"
-    if world.main:
-        task.export(ema.first, final)
-        for decay, average in list(zip(ema.decays, ema.averages, strict=True))[1:]:
-            task.export(average, run / f"final-ema-{decay:g}.safetensors")
+            if recipe.grid_every and (done % recipe.grid_every == 0 or done == recipe.steps):
+                weights = _whole(ema.averages[0])
+                if world.main:
+                    task.grid(weights, run / f"grid-{done:08d}.png")
+    for i, decay in enumerate(recipe.ema):
+        weights = _whole(ema.averages[i])
+        if world.main:
+            task.export(weights, run / ("final.safetensors" if i == 0 else f"final-ema-{decay:g}.safetensors"))
     world.barrier()
-    return final
+    return run / "final.safetensors"
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather tensors that ranks may hold in shards; all ranks must ask together."""
+    return {k: full(v).cpu() for k, v in tensors.items()}
 
 
 def _batches(task: Task, recipe: Recipe, world: World, start: int) -> Iterator[Any]:
@@ -237,7 +244,7 @@ def _settle_recipe(recipe: Recipe, run: Path, world: World) -> str:
             stored = _read_json(path)
             # How long a run goes on, on what, and how often it is watched or saved may change under way.
             free = {"steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads",
-                    "workers", "accumulate", "compile", "device", "tensorboard"}  # fmt: skip
+                    "workers", "accumulate", "compile", "device", "parallel", "tensorboard"}  # fmt: skip
             differing = [k for k in plain if k not in free and plain[k] != stored.get(k)]
             if differing:
                 raise BadData(
@@ -264,13 +271,16 @@ def _snapshot(step: int, module: nn.Module, ema: EMA, optimizers: list[torch.opt
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.tensors().items()}
     tensors |= {f"optimizer.{k}": v for k, v in tensors_of(optimizers).items()}
-    return Checkpoint(step, tensors, {"version": version("sfumato")})
+    return Checkpoint(step, _whole(tensors), {"version": version("sfumato")})
 
 
 def _restore(checkpoint: Checkpoint, module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
 
-    module.load_state_dict(part("model."))
+    weights = part("model.")
+    with torch.no_grad():
+        for k, v in module.state_dict().items():
+            v.copy_(placed_like(weights[k], v))
     ema.restore(part("ema."))
     restore(optimizers, part("optimizer."))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadData
 from sfumato.training.recipe import OptimizerConfig
+from sfumato.training.world import placed_like
 
 # Coefficients of the quintic that drives singular values towards 1 (Jordan et al. 2024, "Muon").
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -91,7 +92,7 @@ def restore(optimizers: list[torch.optim.Optimizer], flat: dict[str, Tensor]) ->
     for name, v in flat.items():
         k, i, key = name.split(".", 2)
         # Fused AdamW walks memory in order: moments must be laid out as their parameter is.
-        laid = v if v.ndim == 0 else torch.empty_like(parameters[int(k)][int(i)]).copy_(v)
+        laid = v if v.ndim == 0 else placed_like(v, parameters[int(k)][int(i)].detach())
         states[int(k)].setdefault(int(i), {})[key] = laid
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -56,6 +56,7 @@ class Recipe:
         ema: decays of the averages that are kept; the first is the one that is sampled from and shipped.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 where this machine multiplies faster in it.
         device: ``cpu``, ``cuda``, or ``auto``.
+        parallel: how several ranks share the work: ``ddp``, or ``fsdp`` where the state does not fit in one.
         compile: whether to compile the network's forward and backward passes.
         workers: threads that prepare batches ahead.
         keep: how many checkpoints stay.
@@ -73,6 +74,7 @@ class Recipe:
     seed: int = 0
     precision: str = "auto"
     device: str = "auto"
+    parallel: str = "ddp"
     compile: bool = False
     threads: int = 0
     workers: int = 0
@@ -93,9 +95,12 @@ class Recipe:
                 raise BadData(f"recipe: {name} must not be negative, not {getattr(self, name)}")
         if not self.ema or not all(0 <= decay < 1 for decay in self.ema):
             raise BadData(f"recipe: ema is a list of decays in [0, 1), not {list(self.ema)}")
-        for name, choices in (("precision", ("auto", "fp32", "bf16")), ("device", ("auto", "cpu", "cuda"))):
+        for name, choices in (("precision", ("auto", "fp32", "bf16")), ("device", ("auto", "cpu", "cuda")),
+                              ("parallel", ("ddp", "fsdp"))):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise BadData(f"recipe: {name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.parallel == "fsdp" and self.optimizer.name == "muon":
+            raise BadData("recipe: muon needs whole matrices, fsdp cuts them: use adamw, or parallel: ddp")
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

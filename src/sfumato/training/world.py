@@ -1,4 +1,8 @@
-"""The ranks that train together: one process alone, or those that torchrun started."""
+"""The ranks that train together: one process alone, or those that torchrun started.
+
+Under ``ddp`` every rank holds the whole state, under ``fsdp`` (FSDP2) each holds a shard of every tensor. ``full`` and
+``placed_like`` go between a shard and the whole, so that checkpoints are the same files whatever the world.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -26,9 +33,31 @@ class World:
         """Whether this rank writes files and shows progress."""
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Average gradients over all ranks, where there are several."""
-        return DistributedDataParallel(module) if self.size > 1 else module
+    def wrap(self, module: nn.Module, parallel: str) -> nn.Module:
+        """Average gradients over all ranks, where there are several; optimizers are built after this."""
+        if self.size == 1:
+            return module
+        if parallel == "ddp":
+            return DistributedDataParallel(module)
+        module = module.to(memory_format=torch.contiguous_format)  # FSDP2 cannot shard channels-last weights
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for blocks in [m for m in module.modules() if isinstance(m, nn.ModuleList)]:
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+        return fully_shard(module, mesh=mesh)
+
+    @contextmanager
+    def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
+        """Keep gradients to this rank for a while, as all micro-batches of a step but the last do."""
+        if isinstance(wrapped, DistributedDataParallel):
+            with wrapped.no_sync():
+                yield
+        elif isinstance(wrapped, FSDPModule):
+            wrapped.set_requires_gradient_sync(False)
+            yield
+            wrapped.set_requires_gradient_sync(True)
+        else:
+            yield
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank; all ranks must ask together."""
@@ -50,6 +79,23 @@ class World:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
+
+
+def full(v: Tensor) -> Tensor:
+    """Gather a shard's whole tensor; all ranks must ask together. A whole tensor is returned as it is."""
+    return v.full_tensor() if isinstance(v, DTensor) else v
+
+
+def local(v: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, sharing its memory."""
+    return v.to_local() if isinstance(v, DTensor) else v
+
+
+def placed_like(v: Tensor, like: Tensor) -> Tensor:
+    """Lay a whole tensor out as another of its shape is: its shard, or its memory format."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(v.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like).copy_(v)
 
 
 @contextmanager
