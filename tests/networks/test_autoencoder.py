@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from sfumato.checkpoints.configs import autoencoder_config, tiny_autoencoder_config
+from sfumato.families.configs import autoencoder_config, tiny_autoencoder_config
 from sfumato.networks.autoencoder import Autoencoder, TinyAutoencoder
 
 

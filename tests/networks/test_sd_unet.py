@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sfumato.checkpoints.configs import sd_unet_config
+from sfumato.families.configs import sd_unet_config
 from sfumato.networks.sd_unet import SDUNet
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 from transformers import T5Config as TheirT5Config
 
-from sfumato.checkpoints.configs import clip_config, t5_config
+from sfumato.families.configs import clip_config, t5_config
 from sfumato.text.clip import CLIPText
 from sfumato.text.t5 import T5Encoder
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING
 from sfumato.errors import BadCheckpoint, BadRequest, nearest
 
 if TYPE_CHECKING:
+    from sfumato.checkpoints.published import Published
     from sfumato.families.model import Model
 
 DEFAULT_MODEL = "emoji-32"
+PUBLISHED = ("sd1", "sd2", "sdxl")  # recipes, each of which recognizes its own
 
 
 def embedded_models() -> dict[str, Path]:
@@ -32,6 +36,8 @@ def locate(name: str | Path | None) -> Path:
         return path
     if path.is_dir() and (path / "final.safetensors").is_file():  # a training run's folder
         return path / "final.safetensors"
+    if (path / "model_index.json").is_file():  # a published folder
+        return path
     hint = nearest(str(name), list(models))
     raise BadRequest(f"no model {str(name)!r}: neither a file nor one of {', '.join(models) or 'none embedded'}{hint}")
 
@@ -41,17 +47,34 @@ def load(name: str | Path | None = None) -> Model:
 
     Raises BadRequest if there is no such model, BadCheckpoint if its file cannot be trusted or does not fit.
     """
-    import hashlib
+    path = locate(name)
+    display = str(name) if name is not None else DEFAULT_MODEL
+    if path.is_dir():
+        from sfumato.checkpoints.folder import read_folder
+
+        return _build(read_folder(path), display)
 
     from sfumato.checkpoints.tensors import read_header, read_tensors
-
-    path = locate(name)
-    header = read_header(path)
     from sfumato.families.native import FORMAT, load_native
 
-    if FORMAT not in header.metadata:
-        stated = ", ".join(header.metadata) or "nothing"
-        raise BadCheckpoint(f"{path}: holds no model that this version knows (its metadata state {stated})")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    display = str(name) if name is not None else DEFAULT_MODEL
-    return load_native(path, display, read_tensors(path), header.metadata[FORMAT], digest)
+    header = read_header(path)
+    if FORMAT in header.metadata:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return load_native(path, display, read_tensors(path), header.metadata[FORMAT], digest)
+
+    from sfumato.checkpoints.single_file import read_single_file
+
+    return _build(read_single_file(path), display)
+
+
+def _build(published: Published, name: str) -> Model:
+    """Find the family by the configurations, which come from the folder or from the tensors' names and shapes."""
+    from dataclasses import replace
+
+    for family in PUBLISHED:
+        recipe = import_module(f"sfumato.families.{family}")
+        if (reason := recipe.recognize(published.configs)) is not None:
+            why = {"family": f"{family}: {reason}", **published.why}
+            return recipe.load(replace(published, why=why), name)
+    parts = ", ".join(c for c in published.tensors) or "nothing"
+    raise BadCheckpoint(f"{published.path}: no known family has these parts: {parts}")

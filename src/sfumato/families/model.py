@@ -28,18 +28,32 @@ class Defaults:
     height: int = 32
 
 
+def _nothing(width: int, height: int, guidance: float) -> Conditioning:
+    return {}
+
+
+def _no_settings(width: int, height: int) -> Mapping[str, Mapping[str, float]]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Model:
     """A denoiser with all that turns words into its input and its output into pictures.
 
     Args:
-        name: what the user called it; ``path`` is the file it came from, ``hash`` that file's SHA-256.
+        name: what the user called it; ``path`` is the file or folder it came from, ``hash`` identifies its
+            weights: the file's SHA-256, or a published model's fingerprint.
         network: ``network(x, clock, **conditioning)`` with x (B, C, H, W) and clock (B,); returns (B, C, H, W).
         encode: prompts → conditioning; the empty prompt is the unconditional one.
         decode: denoised x (B, C, H, W) → pictures (B, 3, H·factor, W·factor) in [−1, 1].
         channels, factor: shape of x: C, and pixels per side of one of its cells.
         multiple: a picture's sides must be multiples of this many pixels.
         max_pixels: largest width × height the family is fit for.
+        situate: (width, height, guidance) → one row of conditioning that goes with the words, for networks that are
+            told the picture's size or the guidance scale.
+        spacings: (width, height) → settings of timestep spacings, by the spacing's name.
+        distilled: the network itself was trained to follow the guidance scale, which it is told by ``situate``: there
+            is no second call without the words.
         card: what is known of the model's origin, for ``sfumato info``.
     """
 
@@ -56,5 +70,8 @@ class Model:
     factor: int = 1
     multiple: int = 8
     max_pixels: int = 1 << 16
+    situate: Callable[[int, int, float], Conditioning] = _nothing
+    spacings: Callable[[int, int], Mapping[str, Mapping[str, float]]] = _no_settings
+    distilled: bool = False
     defaults: Defaults = field(default_factory=Defaults)
     card: Mapping[str, str] = field(default_factory=dict)

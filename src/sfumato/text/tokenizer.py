@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -15,7 +14,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from sfumato.errors import BadCheckpoint
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
-MAX_FILE = 64 << 20  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,59 +83,54 @@ def packaged_clip() -> Tokenizer:
     return clip_bpe(clip_vocabulary(merges), merges)
 
 
-def clip_words(folder: Path | None, length: int, pad: int | None = None) -> Words:
-    """CLIP's tokenizer from a folder's files, or the packaged one; ``pad`` only where the folder does not say.
+def clip_words(texts: Mapping[str, str], length: int, pad: int | None = None) -> Words:
+    """CLIP's tokenizer from its files' texts by name, or the packaged one if there are none.
 
-    Raises BadCheckpoint for files that cannot be read.
+    ``pad`` is for the packaged one, whose users pad in different ways. Raises BadCheckpoint for texts that cannot be
+    read.
     """
-    if folder is None or not folder.is_dir():
+    if not texts:
         tokenizer = packaged_clip()
-        end = _id(tokenizer, END, "the packaged vocabulary")
+        end = _id(tokenizer, END)
         return Words(tokenizer, tokenizer.token_to_id(START), end, end if pad is None else pad, length)
-    tokenizer = _from_folder(folder)
-    settings = _json(folder / "tokenizer_config.json") | _json(folder / "special_tokens_map.json")
-    end = _id(tokenizer, _token(settings.get("eos_token"), END), folder)
-    start = _id(tokenizer, _token(settings.get("bos_token"), START), folder)
-    padding = _id(tokenizer, _token(settings.get("pad_token"), END), folder)
+    tokenizer = _from_texts(texts)
+    settings = _json(texts, "special_tokens_map.json") | _json(texts, "tokenizer_config.json")
+    start, end, padding = (
+        _id(tokenizer, _token(settings.get(f"{name}_token"), default))
+        for name, default in (("bos", START), ("eos", END), ("pad", END))
+    )
     return Words(tokenizer, start, end, padding, length)
 
 
-def t5_words(folder: Path, length: int) -> Words:
-    """T5's tokenizer from a folder's ``tokenizer.json``; BadCheckpoint if it is not there or not readable."""
-    if not (folder / "tokenizer.json").is_file():
-        raise BadCheckpoint(f"{folder}: has no tokenizer.json, from which T5's words are read")
-    tokenizer = _from_folder(folder)
-    return Words(tokenizer, None, _id(tokenizer, "</s>", folder), _id(tokenizer, "<pad>", folder), length)
+def t5_words(texts: Mapping[str, str], length: int) -> Words:
+    """T5's tokenizer from its ``tokenizer.json``; BadCheckpoint if that is not there or not readable."""
+    if "tokenizer.json" not in texts:
+        raise BadCheckpoint("T5's tokenizer is read from a tokenizer.json, and there is none")
+    tokenizer = _from_texts(texts)
+    return Words(tokenizer, None, _id(tokenizer, "</s>"), _id(tokenizer, "<pad>"), length)
 
 
-def _from_folder(folder: Path) -> Tokenizer:
-    whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+def _from_texts(texts: Mapping[str, str]) -> Tokenizer:
     try:
-        if whole.is_file():
-            tokenizer = Tokenizer.from_str(_read(whole))
+        if "tokenizer.json" in texts:
+            tokenizer = Tokenizer.from_str(texts["tokenizer.json"])
             tokenizer.no_padding()
             tokenizer.no_truncation()
             return tokenizer
-        if not vocabulary.is_file() or not merges.is_file():
-            raise BadCheckpoint(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt")
-        return clip_bpe(json.loads(_read(vocabulary)), _merges(_read(merges)))
+        if "vocab.json" not in texts or "merges.txt" not in texts:
+            raise BadCheckpoint("a tokenizer needs tokenizer.json, or vocab.json and merges.txt")
+        return clip_bpe(json.loads(texts["vocab.json"]), _merges(texts["merges.txt"]))
     except BadCheckpoint:
         raise
     except Exception as e:  # the tokenizer library raises bare Exceptions
-        raise BadCheckpoint(f"{folder}: its tokenizer cannot be read ({str(e)[:200]})") from None
+        raise BadCheckpoint(f"the tokenizer cannot be read ({str(e)[:200]})") from None
 
 
-def _read(path: Path) -> str:
-    if path.stat().st_size > MAX_FILE:
-        raise BadCheckpoint(f"{path}: larger than {MAX_FILE >> 20} MiB")
-    return path.read_text(encoding="utf-8")
-
-
-def _json(path: Path) -> dict[str, Any]:
+def _json(texts: Mapping[str, str], name: str) -> dict[str, Any]:
     try:
-        value = json.loads(_read(path)) if path.is_file() else {}
-    except (ValueError, RecursionError, OSError):
-        raise BadCheckpoint(f"{path}: not readable as JSON") from None
+        value = json.loads(texts.get(name, "{}"))
+    except (ValueError, RecursionError):
+        raise BadCheckpoint(f"the tokenizer's {name} is not valid JSON") from None
     return value if isinstance(value, dict) else {}
 
 
@@ -152,8 +145,8 @@ def _token(setting: Any, default: str) -> str:
     return content if isinstance(content, str) else default
 
 
-def _id(tokenizer: Tokenizer, token: str, where: Path | str) -> int:
+def _id(tokenizer: Tokenizer, token: str) -> int:
     found = tokenizer.token_to_id(token)
     if found is None:
-        raise BadCheckpoint(f"{where}: the tokenizer has no token {token!r}")
+        raise BadCheckpoint(f"the tokenizer has no token {token!r}")
     return found

@@ -1,0 +1,224 @@
+"""Where each tensor of the original single files lies in the published folders: tables, one per network.
+
+    Place(theirs, ours, shape)      one tensor of the file is one of ours, or several, one after another along axis 0
+
+Names are facts of the published files: CompVis' and Stability's latent diffusion, OpenCLIP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in the original file and in ours.
+
+    Args:
+        ours: one name, or several whose tensors follow one another along axis 0.
+        shape: "" the same, "1x1" if theirs is a 1×1 convolution and ours a linear layer, "transposed", or "halves" if
+            the two halves along axis 0 change their places.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    shape: str = ""
+
+
+def to_ours(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict[str, Tensor]:
+    """Rename and reshape tensors of an original file; those without a place are left out."""
+    result: dict[str, Tensor] = {}
+    for place in places:
+        if place.theirs not in tensors:
+            continue
+        tensor = tensors[place.theirs]
+        if place.shape == "1x1" and tensor.ndim == 4:
+            tensor = tensor[:, :, 0, 0]
+        elif place.shape == "transposed":
+            tensor = tensor.T.contiguous()  # products with strided matrices round otherwise
+        elif place.shape == "halves":
+            tensor = tensor.roll(tensor.shape[0] // 2, 0)
+        result.update(zip(place.ours, tensor.chunk(len(place.ours)), strict=False))
+    return result
+
+
+def to_theirs(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict[str, Tensor]:
+    """The way back; raises KeyError for a tensor that has no place."""
+    import torch
+
+    result: dict[str, Tensor] = {}
+    left = set(tensors)
+    for place in places:
+        if not all(name in tensors for name in place.ours):
+            continue
+        left -= set(place.ours)
+        parts = [tensors[name] for name in place.ours]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if place.shape == "1x1" and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        elif place.shape == "transposed":
+            tensor = tensor.T
+        elif place.shape == "halves":
+            tensor = tensor.roll(tensor.shape[0] // 2, 0)
+        result[place.theirs] = tensor
+    if left:
+        raise KeyError(min(left))
+    return result
+
+
+def module(theirs: str, ours: str, shape: str = "") -> Iterator[Place]:
+    """Weight and bias of a layer."""
+    yield Place(f"{theirs}.weight", (f"{ours}.weight",), shape)
+    yield Place(f"{theirs}.bias", (f"{ours}.bias",), "" if shape in ("1x1", "transposed") else shape)
+
+
+def modules(theirs: str, ours: str, names: Mapping[str, str], shape: str = "") -> Iterator[Place]:
+    """Several layers within one module: their names to ours."""
+    for a, b in names.items():
+        yield from module(f"{theirs}.{a}" if theirs else a, f"{ours}.{b}" if ours else b, shape)
+
+
+def prefixed(prefix: str, places: Iterable[Place]) -> Iterator[Place]:
+    """The same places where the file puts a prefix before every name."""
+    for place in places:
+        yield Place(prefix + place.theirs, place.ours, place.shape)
+
+
+UNET_RESIDUAL = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+UNET_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "time_embed.cond_proj": "time_embedding.cond_proj",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+TRANSFORMER_BLOCK = (
+    "norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2",
+    *(f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")),
+)  # fmt: skip
+AUTOENCODER_RESIDUAL = {
+    "norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut",
+}  # fmt: skip
+AUTOENCODER_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def _transformer(theirs: str, ours: str, depth: int) -> Iterator[Place]:
+    yield from modules(theirs, ours, {name: name for name in ("norm", "proj_in", "proj_out")})
+    for k in range(depth):
+        for name in TRANSFORMER_BLOCK:
+            yield from module(f"{theirs}.transformer_blocks.{k}.{name}", f"{ours}.transformer_blocks.{k}.{name}")
+
+
+def unet(config: Json) -> Iterator[Place]:
+    """Latent diffusion's U-Net; the configuration is that of the published folder."""
+    n = len(config["block_out_channels"])
+    blocks = _each(config["layers_per_block"], n)
+    depth = [d if "CrossAttn" in t else 0 for d, t in zip(_depth(config), config["down_block_types"], strict=True)]
+    layers_up = config.get("reverse_transformer_layers_per_block") or _depth(config)[::-1]
+    depth_up = [d if "CrossAttn" in t else 0 for d, t in zip(layers_up, config["up_block_types"], strict=True)]
+    yield from modules("", "", UNET_ENDS)
+    k = 1
+    for i in range(n):
+        for j in range(blocks[i]):
+            yield from modules(f"input_blocks.{k}.0", f"down_blocks.{i}.resnets.{j}", UNET_RESIDUAL)
+            yield from _transformer(f"input_blocks.{k}.1", f"down_blocks.{i}.attentions.{j}", depth[i])
+            k += 1
+        if i < n - 1:
+            yield from module(f"input_blocks.{k}.0.op", f"down_blocks.{i}.downsamplers.0.conv")
+            k += 1
+    yield from modules("middle_block.0", "mid_block.resnets.0", UNET_RESIDUAL)
+    yield from _transformer("middle_block.1", "mid_block.attentions.0", _depth(config)[-1])
+    yield from modules("middle_block.2", "mid_block.resnets.1", UNET_RESIDUAL)
+    k = 0
+    for i, count in enumerate(reversed(blocks)):
+        for j in range(count + 1):
+            yield from modules(f"output_blocks.{k}.0", f"up_blocks.{i}.resnets.{j}", UNET_RESIDUAL)
+            if depth_up[i]:
+                yield from _transformer(f"output_blocks.{k}.1", f"up_blocks.{i}.attentions.{j}", depth_up[i])
+            if j == count and i < n - 1:
+                last = 2 if depth_up[i] else 1
+                yield from module(f"output_blocks.{k}.{last}.conv", f"up_blocks.{i}.upsamplers.0.conv")
+            k += 1
+
+
+def _each(value: Any, n: int) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value] * n
+
+
+def _depth(config: Json) -> list[int]:
+    return _each(config.get("transformer_layers_per_block", 1), len(config["block_out_channels"]))
+
+
+def autoencoder(config: Json) -> Iterator[Place]:
+    """Latent diffusion's KL autoencoder."""
+    n, blocks = len(config["block_out_channels"]), config["layers_per_block"]
+    yield from modules("", "", {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"})
+    for half, level, count in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
+        ends = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+        yield from modules(half, half, ends)
+        for i in range(n):
+            ours = f"{half}.{level}_blocks.{i}"
+            theirs = f"{half}.{level}.{i if level == 'down' else n - 1 - i}"
+            for j in range(count):
+                yield from modules(f"{theirs}.block.{j}", f"{ours}.resnets.{j}", AUTOENCODER_RESIDUAL)
+            yield from module(f"{theirs}.{level}sample.conv", f"{ours}.{level}samplers.0.conv")
+        for j in range(2):
+            yield from modules(f"{half}.mid.block_{j + 1}", f"{half}.mid_block.resnets.{j}", AUTOENCODER_RESIDUAL)
+        attention = f"{half}.mid_block.attentions.0"
+        yield from module(f"{half}.mid.attn_1.norm", f"{attention}.group_norm")
+        yield from modules(f"{half}.mid.attn_1", attention, AUTOENCODER_ATTENTION, "1x1")
+
+
+CLIP_LAYER = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
+
+
+def clip(config: Json) -> Iterator[Place]:
+    """CLIP's text tower under transformers' own names, as in SD 1 files."""
+    names = ["embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm"]
+    names += [f"encoder.layers.{i}.{name}" for i in range(config["num_hidden_layers"]) for name in CLIP_LAYER]
+    for name in names:
+        yield from module(f"text_model.{name}", name)
+    yield from module("text_projection", "text_projection")
+
+
+OPEN_CLIP_LAYER = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def open_clip(config: Json) -> Iterator[Place]:
+    """CLIP's text tower under OpenCLIP's names, as in SD 2 and XL files: queries, keys and values in one."""
+    yield Place("token_embedding.weight", ("embeddings.token_embedding.weight",))
+    yield Place("positional_embedding", ("embeddings.position_embedding.weight",))
+    yield Place("text_projection", ("text_projection.weight",), "transposed")
+    yield from module("ln_final", "final_layer_norm")
+    for i in range(config["num_hidden_layers"]):
+        theirs, ours = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
+        yield from modules(theirs, ours, OPEN_CLIP_LAYER)
+        for kind in ("weight", "bias"):
+            parts = tuple(f"{ours}.self_attn.{name}_proj.{kind}" for name in "qkv")
+            yield Place(f"{theirs}.attn.in_proj_{kind}", parts)

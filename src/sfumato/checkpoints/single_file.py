@@ -1,0 +1,407 @@
+"""Models as single safetensors files in their original layout, as CompVis and Stability AI published them.
+
+The file says nothing of its configuration: what can be read from names and shapes is, the rest is what the published
+files have in common, and ``why`` tells which is which. Files that ``sfumato convert`` wrote carry the configuration of
+the folder they came from, in one entry of their metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.checkpoints import keymaps
+from sfumato.checkpoints.keymaps import Place, prefixed, to_ours, to_theirs
+from sfumato.checkpoints.published import Json, Published
+from sfumato.checkpoints.tensors import read_header, read_tensors
+from sfumato.errors import BadCheckpoint, NoResources
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METADATA = "sfumato-folder"  # the metadata's key
+Shapes = Mapping[str, tuple[int, ...]]
+Table = Callable[[Json], Iterator[Place]]
+
+# Tensors that published files carry and that no network needs.
+_IGNORED = re.compile(
+    r"model_ema\..*|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|scale_factor|loss\..*"
+    r"|denoiser\..*|v_pred|ztsnr|.*\.position_ids|.*\.logit_scale|.*\.attn_mask|.*\.visual\..*|lvlb_weights"
+    r"|cond_stage_model\.model\.text_projection|first_stage_model\.loss\..*|edm_.*"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component in a layout: where its names begin, by which table they are ours, how its shapes are read."""
+
+    component: str
+    prefix: str
+    table: Table
+    describe: Callable[[Shapes], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A form of single files.
+
+    Args:
+        sign: a name that such files have and others do not; of several layouts that fit, the first counts.
+        index: the whole model's configuration, for the folder.
+    """
+
+    family: str
+    sign: str
+    parts: tuple[Part, ...]
+    index: Json
+    scheduler: Json
+
+
+def single_file_layout(names: Mapping[str, Any] | set[str]) -> Layout | None:
+    """Tell by its tensors' names which layout a file has; None if none."""
+    return next((layout for layout in LAYOUTS if layout.sign in names), None)
+
+
+def read_single_file(path: Path) -> Published:
+    """Read a single file; tensors are mapped, not copied.
+
+    Raises BadCheckpoint for a damaged file, an unknown layout, a part that is missing or a tensor that has no place.
+    """
+    header = read_header(path)
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    layout = single_file_layout(set(shapes))
+    if layout is None:
+        raise BadCheckpoint(f"{path}: {_describe_foreign(shapes)}")
+    why = {"family": f"{layout.family}: it holds {layout.sign}"}
+    tokenizers: Mapping[str, Mapping[str, str]] = {}
+    if METADATA in header.metadata:
+        configs, tokenizers = _stated(path, header.metadata[METADATA])
+        why["configuration"] = "stated in the file's metadata"
+    else:
+        configs = _described(path, layout, shapes)
+        configs["scheduler"] = _scheduler(layout, shapes, header.metadata, why)
+        why["configuration"] = "read from the shapes; number of heads and groups as published"
+
+    raw = read_tensors(path)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    used: set[str] = set()
+    for part in layout.parts:
+        if part.component not in configs:
+            raise BadCheckpoint(f"{path}: its metadata say nothing of its {part.component}")
+        try:
+            places = list(prefixed(part.prefix, part.table(configs[part.component])))
+        except (KeyError, TypeError, ValueError, IndexError) as e:
+            raise BadCheckpoint(f"{path}: the {part.component}'s configuration is damaged: {e}") from None
+        tensors[part.component] = to_ours(raw, places)
+        used |= {p.theirs for p in places}
+    left = sorted(name for name in raw if name not in used and not _IGNORED.fullmatch(name))
+    if layout.family == "sd2":  # the last layer, whose output this family does not use
+        layers = configs["text_encoder"]["num_hidden_layers"]
+        left = [name for name in left if f".transformer.resblocks.{layers}." not in name]
+    if left:
+        raise BadCheckpoint(
+            f"{path}: {len(left)} tensors have no place in a {layout.family} model: {', '.join(left[:5])}"
+            f"{', …' if len(left) > 5 else ''}"
+        )
+    return Published(path, "single file", configs, tensors, tokenizers, why, header.size)
+
+
+def write_single_file(model: Published, path: Path, layout: Layout) -> None:
+    """Write a published model as a single file; BadCheckpoint if the path is taken or a tensor has no place."""
+    import os
+
+    from safetensors.torch import save_file
+
+    if path.exists():
+        raise BadCheckpoint(f"{path} exists already; name a file that does not")
+    tensors: dict[str, Tensor] = {}
+    for part in layout.parts:
+        if part.component not in model.tensors:
+            raise BadCheckpoint(f"{model.path}: has no {part.component}, which a single file of {layout.family} needs")
+        try:
+            tensors |= to_theirs(
+                model.tensors[part.component], prefixed(part.prefix, part.table(model.configs[part.component]))
+            )
+        except KeyError as e:
+            raise BadCheckpoint(f"{model.path}: {part.component}: {e} has no place in a single file") from None
+    stated = {"configs": model.configs, "tokenizers": model.tokenizers}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, {METADATA: json.dumps(stated)})
+        temporary.replace(path)
+    except OSError as e:
+        raise NoResources(f"cannot write {path}: {e.strerror or e}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _stated(path: Path, text: str) -> tuple[dict[str, Json], dict[str, dict[str, str]]]:
+    try:
+        value = json.loads(text)
+        configs, tokenizers = value["configs"], value["tokenizers"]
+        if not all(isinstance(c, dict) for c in configs.values()):
+            raise TypeError
+        if not all(isinstance(t, str) for texts in tokenizers.values() for t in texts.values()):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BadCheckpoint(f"{path}: the configuration in its metadata is damaged") from None
+    return configs, tokenizers
+
+
+def _described(path: Path, layout: Layout, shapes: Shapes) -> dict[str, Any]:
+    configs: dict[str, Any] = {"": dict(layout.index)}
+    for part in layout.parts:
+        own = {k.removeprefix(part.prefix): s for k, s in shapes.items() if k.startswith(part.prefix)}
+        if not own:
+            raise BadCheckpoint(f"{path}: a {layout.family} file, but without its {part.component} ({part.prefix}*)")
+        try:
+            configs[part.component] = part.describe(own)
+        except (KeyError, IndexError, ValueError, ZeroDivisionError) as e:
+            raise BadCheckpoint(f"{path}: its {part.component} is not whole: {e} is missing or misshaped") from None
+    if layout.family.startswith("sdxl"):
+        u, text = configs["unet"], configs["text_encoder_2"]
+        u["addition_time_embed_dim"] = (u["projection_class_embeddings_input_dim"] - text["projection_dim"]) // 6
+        configs["vae"]["scaling_factor"] = 0.13025
+    return configs
+
+
+def _scheduler(layout: Layout, shapes: Shapes, metadata: Mapping[str, str], why: dict[str, str]) -> dict[str, Any]:
+    scheduler = dict(layout.scheduler)
+    stated = metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" in shapes:
+        scheduler["prediction_type"], why["prediction"] = "v_prediction", "v: the file holds the mark v_pred"
+    elif stated.startswith("v") or stated in ("epsilon", "eps"):
+        scheduler["prediction_type"] = "v_prediction" if stated.startswith("v") else "epsilon"
+        why["prediction"] = f"{stated}: stated in the file's metadata"
+    if "ztsnr" in shapes:
+        scheduler["rescale_betas_zero_snr"] = True
+    return scheduler
+
+
+def _describe_foreign(shapes: Shapes) -> str:
+    """Say what a file is that has no known layout."""
+    names = " ".join(list(shapes)[:2000])
+    for pattern, what in (
+        (r"lora_(unet|te|down|A)|lora\.(down|up)|hada_w1|lokr_w1", "a LoRA, which is added to a model and is none"),
+        (r"input_hint_block|controlnet_cond_embedding", "a ControlNet, which guides a model and is none"),
+        (r"down_blocks\.|transformer_blocks\.", "one network of a folder: load the whole folder instead"),
+        (r"(^| )emb_params|string_to_param|(^| )clip_[lg]( |$)", "a textual inversion, which is a word and no model"),
+        (r"encoder\.down\.|decoder\.up\.", "an autoencoder alone, and no whole model"),
+    ):
+        if re.search(pattern, names):
+            return f"it looks like {what}"
+    return f"holds no model that this version knows (its first tensor is {min(shapes, default='none')[:60]!r})"
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """1 + the largest number that stands at the group of a pattern, 0 if there is none."""
+    found = re.compile(pattern)
+    return 1 + max((int(m[1]) for name in shapes if (m := found.match(name))), default=-1)
+
+
+def describe_unet(s: Shapes) -> dict[str, Any]:
+    """Latent diffusion's U-Net."""
+    widths: list[int] = []
+    blocks: list[int] = []
+    depths: list[int] = []
+    new, width = True, 0
+    for k in range(1, _count(s, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{k}.0.op.weight" in s:
+            new = True
+            continue
+        width = s[f"input_blocks.{k}.0.in_layers.2.weight"][0]
+        if new:
+            widths, blocks, depths, new = [*widths, width], [*blocks, 0], [*depths, 0], False
+        blocks[-1] += 1
+        depths[-1] = _count(s, rf"input_blocks\.{k}\.1\.transformer_blocks\.(\d+)\.")
+    depths_up, k = [], 0
+    for count in reversed(blocks):
+        depths_up.append(_count(s, rf"output_blocks\.{k}\.1\.transformer_blocks\.(\d+)\."))
+        k += count + 1
+    middle = _count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    attn = next(name for name in sorted(s) if name.endswith("attn2.to_k.weight"))
+    linear = len(s["middle_block.1.proj_in.weight"]) == 2
+    vector = s["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in s else 0
+    layers = [*depths[:-1], middle or depths[-1]]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": s["input_blocks.0.0.weight"][1],
+        "out_channels": s["out.2.weight"][0],
+        "block_out_channels": widths,
+        "layers_per_block": blocks[0] if len(set(blocks)) == 1 else blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
+        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in depths_up],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        # A resolution without attention needs a number all the same.
+        "transformer_layers_per_block": [d or 1 for d in layers],
+        "reverse_transformer_layers_per_block": (
+            None if [d or 1 for d in depths_up] == [d or 1 for d in layers[::-1]] else [d or 1 for d in depths_up]
+        ),
+        "cross_attention_dim": s[attn][1],
+        "use_linear_projection": linear,
+        "attention_head_dim": [max(1, w // 64) for w in widths] if linear else 8,
+        "norm_num_groups": math.gcd(32, *widths),
+        "addition_embed_type": "text_time" if vector else None,
+        "addition_time_embed_dim": 256 if vector else None,
+        "projection_class_embeddings_input_dim": vector or None,
+        "num_class_embeds": s["label_emb.weight"][0] if "label_emb.weight" in s else None,
+        "time_cond_proj_dim": s["time_embed.cond_proj.weight"][1] if "time_embed.cond_proj.weight" in s else None,
+        "sample_size": 64,
+    }
+
+
+def describe_autoencoder(s: Shapes) -> dict[str, Any]:
+    """Latent diffusion's KL autoencoder; its scale is that of SD 1 and 2."""
+    n = _count(s, r"encoder\.down\.(\d+)\.")
+    widths = [s[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(n)]
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": s["encoder.conv_in.weight"][1],
+        "out_channels": s["decoder.conv_out.weight"][0],
+        "latent_channels": s["decoder.conv_in.weight"][1],
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * n,
+        "up_block_types": ["UpDecoderBlock2D"] * n,
+        "layers_per_block": _count(s, r"encoder\.down\.0\.block\.(\d+)\."),
+        "norm_num_groups": math.gcd(32, *widths),
+        "use_quant_conv": "quant_conv.weight" in s,
+        "use_post_quant_conv": "post_quant_conv.weight" in s,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in s,
+        "scaling_factor": 0.18215,
+        "sample_size": 512,
+    }
+
+
+def _clip(dim: int, positions: int, vocabulary: int, layers: int, inner: int, projection: int) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": dim,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, dim // 64),
+        "max_position_embeddings": positions,
+        "projection_dim": projection or dim,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+
+
+def describe_clip(s: Shapes) -> dict[str, Any]:
+    """CLIP's tower under transformers' names."""
+    positions, dim = s["text_model.embeddings.position_embedding.weight"]
+    return {
+        **_clip(
+            dim,
+            positions,
+            s["text_model.embeddings.token_embedding.weight"][0],
+            _count(s, r"text_model\.encoder\.layers\.(\d+)\."),
+            s["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+            s["text_projection.weight"][0] if "text_projection.weight" in s else 0,
+        ),
+        "hidden_act": "quick_gelu",
+    }
+
+
+def describe_open_clip(s: Shapes, skipped: int = 0, projected: bool = True) -> dict[str, Any]:
+    """CLIP's tower under OpenCLIP's names, without its last layers where a family does not use them."""
+    positions, dim = s["positional_embedding"]
+    return {
+        **_clip(
+            dim,
+            positions,
+            s["token_embedding.weight"][0],
+            _count(s, r"transformer\.resblocks\.(\d+)\.") - skipped,
+            s["transformer.resblocks.0.mlp.c_fc.weight"][0],
+            s["text_projection"][1] if projected else 0,
+        ),
+        "hidden_act": "gelu",
+    }
+
+
+def _describe_sd2_text(s: Shapes) -> dict[str, Any]:
+    return describe_open_clip(s, skipped=1, projected=False)
+
+
+def _index(name: str, components: Mapping[str, str], **more: Any) -> dict[str, Any]:
+    libraries = {k: "transformers" if k.startswith(("text", "token")) else "diffusers" for k in components}
+    return {"_class_name": name, **{k: [libraries[k], v] for k, v in components.items()}, **more}
+
+
+_UNET = Part("unet", "model.diffusion_model.", keymaps.unet, describe_unet)
+_VAE = Part("vae", "first_stage_model.", keymaps.autoencoder, describe_autoencoder)
+_DISCRETE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "_class_name": "DDIMScheduler",
+}
+_SD = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+    "scheduler": "DDIMScheduler",
+    "safety_checker": None,
+    "feature_extractor": None,
+}
+_SD_INDEX = {
+    **_index("StableDiffusionPipeline", {k: v for k, v in _SD.items() if v}),
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+}
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        "sdxl",
+        "conditioner.embedders.1.model.positional_embedding",
+        (
+            _UNET,
+            _VAE,
+            Part("text_encoder", "conditioner.embedders.0.transformer.", keymaps.clip, describe_clip),
+            Part("text_encoder_2", "conditioner.embedders.1.model.", keymaps.open_clip, describe_open_clip),
+        ),
+        _index(
+            "StableDiffusionXLPipeline",
+            {
+                "unet": "UNet2DConditionModel",
+                "vae": "AutoencoderKL",
+                "text_encoder": "CLIPTextModel",
+                "text_encoder_2": "CLIPTextModelWithProjection",
+                "tokenizer": "CLIPTokenizer",
+                "tokenizer_2": "CLIPTokenizer",
+                "scheduler": "EulerDiscreteScheduler",
+            },
+            force_zeros_for_empty_prompt=True,
+        ),
+        {**_DISCRETE, "_class_name": "EulerDiscreteScheduler"},
+    ),
+    Layout(
+        "sd2",
+        "cond_stage_model.model.positional_embedding",
+        (_UNET, _VAE, Part("text_encoder", "cond_stage_model.model.", keymaps.open_clip, _describe_sd2_text)),
+        _SD_INDEX,
+        _DISCRETE,
+    ),
+    Layout(
+        "sd1",
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+        (_UNET, _VAE, Part("text_encoder", "cond_stage_model.transformer.", keymaps.clip, describe_clip)),
+        _SD_INDEX,
+        _DISCRETE,
+    ),
+)

@@ -1,0 +1,209 @@
+"""What the recipes of published families share: their parts, built from configurations and tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.checkpoints.published import Json, Published
+from sfumato.checkpoints.tensors import load_into
+from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
+from sfumato.diffusion.schedules import Discrete, from_betas, linear, scaled_linear
+from sfumato.errors import BadCheckpoint
+from sfumato.families.configs import autoencoder_config, clip_config, tiny_autoencoder_config
+from sfumato.networks.autoencoder import Autoencoder, TinyAutoencoder
+from sfumato.text.clip import CLIPText
+from sfumato.text.prompt import grid, weigh
+from sfumato.text.tokenizer import Words, clip_words
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def build(model: Published, component: str, network: Callable[[Any], M], config: Any) -> M:
+    """Build a network without memory of its own and give it a component's tensors, in float32.
+
+    Tensors that are float32 in the file stay mapped to it. Raises BadCheckpoint if they do not fit exactly.
+    """
+    if component not in model.tensors:
+        raise BadCheckpoint(f"{model.path}: has no {component}")
+    try:
+        with torch.device("meta"):
+            module = network(config)
+        load_into(module, model.tensors[component])
+    except (BadCheckpoint, ValueError, RuntimeError) as e:
+        raise BadCheckpoint(f"{model.path}: {component}: {e}") from None
+    return module.eval().requires_grad_(False)
+
+
+def autoencoder(model: Published) -> Autoencoder | TinyAutoencoder:
+    """Build the model's autoencoder, the KL one or the tiny one."""
+    config = model.configs["vae"]
+    if "num_decoder_blocks" in config or config.get("_class_name") == "AutoencoderTiny":
+        return build(model, "vae", TinyAutoencoder, tiny_autoencoder_config(config))
+    return build(model, "vae", Autoencoder, autoencoder_config(config))
+
+
+def decoder(vae: Autoencoder | TinyAutoencoder) -> Callable[[Tensor], Tensor]:
+    """The way from x to pictures, in the type that x comes in: a wider one makes a wider copy of the weights."""
+    own = next(vae.parameters()).dtype
+
+    def decode(x: Tensor) -> Tensor:
+        return (vae if x.dtype == own else copy.deepcopy(vae).to(x.dtype)).decode(x)
+
+    return decode
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A text tower with the words it reads."""
+
+    network: CLIPText
+    words: Words
+
+    def ids(self, prompts: Sequence[str], rows: int = 1) -> tuple[Tensor, Tensor]:
+        """Ids and weights (B, K, M) of the prompts."""
+        return grid(prompts, self.words, rows)
+
+    def states(self, ids: Tensor, weights: Tensor, skip: int | None) -> tuple[Tensor, Tensor]:
+        """States (B, K·M, D) and the first chunk's pooled vector (B, P).
+
+        Args:
+            skip: None takes the last states, normalized; 1 those before the last layer, as they are; and so on.
+        """
+        b, k, m = ids.shape
+        device = self.network.final_layer_norm.weight.device
+        out = self.network(ids.reshape(b * k, m).to(device))
+        states = out.last if skip is None else out.layers[-1 - skip]
+        states = weigh(states, weights.reshape(b * k, m).to(device))
+        return states.reshape(b, k * m, -1), out.pooled.reshape(b, k, -1)[:, 0]
+
+
+def tower(model: Published, component: str, tokenizer: str, projected: bool, pad: int | None = None) -> Tower:
+    """Build a CLIP tower and its tokenizer; BadCheckpoint if the one has more words than the other."""
+    config = clip_config(model.configs[component], projected)
+    try:
+        words = clip_words(model.tokenizers.get(tokenizer, {}), config.positions, pad)
+    except BadCheckpoint as e:
+        raise BadCheckpoint(f"{model.path}: {tokenizer}: {e}") from None
+    if words.tokenizer.get_vocab_size() > config.vocabulary:
+        raise BadCheckpoint(
+            f"{model.path}: the tokenizer has {words.tokenizer.get_vocab_size()} pieces, but the {component} knows "
+            f"{config.vocabulary}"
+        )
+    return Tower(build(model, component, CLIPText, config), words)
+
+
+def schedule(config: Json) -> Discrete:
+    """The discrete noise schedule that a scheduler's configuration states."""
+    kinds = {"scaled_linear": scaled_linear, "linear": linear}
+    kind = config.get("beta_schedule", "scaled_linear")
+    zero_snr = bool(config.get("rescale_betas_zero_snr"))
+    try:
+        if config.get("trained_betas") is not None:
+            return from_betas(config["trained_betas"], zero_snr=zero_snr)
+        if kind not in kinds:
+            raise BadCheckpoint(f"noise schedule {kind!r} is not supported; there are {', '.join(kinds)}")
+        start, end = float(config.get("beta_start", 0.00085)), float(config.get("beta_end", 0.012))
+        return kinds[kind](start, end, int(config.get("num_train_timesteps", 1000)), zero_snr)
+    except (ValueError, TypeError) as e:
+        raise BadCheckpoint(f"the scheduler's configuration is damaged: {e}") from None
+
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+def parameterization(
+    config: Json, probe: Callable[[], tuple[str, str]] | None = None, usual: str = "eps"
+) -> tuple[Parameterization, str]:
+    """What the network's output means, and why that is known.
+
+    Args:
+        config: the scheduler's; if it does not say, ``probe`` finds out, and else it is the family's usual one.
+    """
+    stated = config.get("prediction_type")
+    if stated is not None:
+        if stated not in PREDICTIONS:
+            raise BadCheckpoint(f"prediction type {stated!r} is not supported; there are {', '.join(PREDICTIONS)}")
+        name, why = PREDICTIONS[stated], "stated in the configuration"
+    elif probe is not None:
+        name, why = probe()
+    else:
+        name, why = usual, "this family's usual one"
+    return PARAMETERIZATIONS[name], f"{name}: {why}"
+
+
+def probe(network: nn.Module, level: NoiseLevel, channels: int, conditioning: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Tell eps from v by one call on pure noise, which at this level is nearly all of x.
+
+    A network that predicts the noise gives x back; one that predicts v = α·eps − σ·x0 does not.
+    """
+    x = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        out = network(x, torch.tensor([float(level.t)]), **conditioning)
+    alike = float(torch.corrcoef(torch.stack([x.flatten(), out.flatten()]))[0, 1])
+    name = "eps" if alike > 0.5 else "v"
+    return name, f"on pure noise the output correlates by {alike:.2f} with the input"
+
+
+def card(model: Published, prediction: str, **more: str) -> dict[str, str]:
+    """What ``sfumato info`` tells of a published model."""
+    count = sum(len(t) for t in model.tensors.values())
+    return {
+        "form": model.form,
+        **model.why,
+        "prediction": model.why.get("prediction", prediction),
+        "matched": f"100% of {count} tensors",
+        "stored as": model.dtypes,
+        "parameters": f"{model.parameters / 1e6:.1f} M",
+        "size": f"{model.size / 2**20:.0f} MiB",
+        **more,
+    }
+
+
+def usual_spacing(config: Json) -> str:
+    """The timestep spacing that a scheduler's configuration states."""
+    spacing = config.get("timestep_spacing", "leading")
+    return spacing if spacing in ("leading", "trailing", "linspace") else "leading"
+
+
+def spacing_settings(config: Json) -> Mapping[str, Mapping[str, float]]:
+    """The settings of spacings that a scheduler's configuration states."""
+    return {"leading": {"offset": float(config.get("steps_offset", 1))}}
+
+
+def few_steps(config: Json) -> bool:
+    """Whether a model is distilled to few steps without guidance: published so, with trailing spacing and no v."""
+    plain = config.get("prediction_type", "epsilon") == "epsilon" and not config.get("rescale_betas_zero_snr")
+    return plain and config.get("timestep_spacing") == "trailing"
+
+
+def row(values: Sequence[float]) -> Tensor:
+    """One row (1, n) of conditioning."""
+    return torch.tensor([list(values)], dtype=torch.float32)
+
+
+def same_rows(prompts: Sequence[str], *towers: Tower) -> list[tuple[Tensor, Tensor]]:
+    """Ids and weights for several towers, with as many chunks for each."""
+    rows = max(t.ids(prompts)[0].shape[1] for t in towers)
+    return [t.ids(prompts, rows) for t in towers]
+
+
+def side(config: Json, vae: Autoencoder | TinyAutoencoder, usual: int) -> int:
+    """The side in pixels for which a network was trained: its ``sample_size``, if that is stated and whole."""
+    size = config.get("sample_size")
+    return size * vae.config.factor if isinstance(size, int) and size > 0 else usual
+
+
+def check_latents(model: Published, channels: int, vae: Autoencoder | TinyAutoencoder) -> None:
+    """Refuse a denoiser that takes more than noisy latents, as those for inpainting do."""
+    latents = vae.config.latent_channels
+    if channels == 2 * latents + 1:
+        raise BadCheckpoint(f"{model.path}: a model for inpainting, which needs a picture and a mask to start from")
+    if channels != latents:
+        raise BadCheckpoint(f"{model.path}: its denoiser takes {channels} channels, its autoencoder makes {latents}")

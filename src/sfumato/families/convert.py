@@ -1,0 +1,76 @@
+"""From one form of a published model to the other: folder ↔ single file, bitwise.
+
+sfumato convert sd-turbo/ sd-turbo.safetensors
+sfumato convert v1-5-pruned.safetensors v1-5/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sfumato.checkpoints.folder import read_folder, write_folder
+from sfumato.checkpoints.published import Published
+from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file
+from sfumato.errors import BadCheckpoint
+from sfumato.text.tokenizer import END, START, clip_vocabulary, packaged_merges
+
+
+def convert(source: Path, target: Path, variant: str | None = None) -> Path:
+    """Write the model at ``source``, a folder or a single file, to ``target`` in the other form, and return it.
+
+    Raises BadCheckpoint if the source is not whole, has no other form, or the target exists.
+    """
+    if source.is_dir():
+        model = read_folder(source, variant)
+        write_single_file(model, target, layout_of(model))
+    else:
+        write_folder(_with_tokenizers(read_single_file(source)), target)
+    return target
+
+
+def layout_of(model: Published) -> Layout:
+    """The layout of single files that a folder's parts fit into; BadCheckpoint if there is none."""
+    parts = set(model.tensors)
+    linear = model.configs.get("unet", {}).get("use_linear_projection", False)
+    for layout in LAYOUTS:
+        if {p.component for p in layout.parts} == parts and (layout.family != "sd1" or not linear):
+            if layout.family == "sd2" and not linear:
+                continue
+            return layout
+    raise BadCheckpoint(f"{model.path}: there is no single-file form for a model of {', '.join(sorted(parts))}")
+
+
+def _with_tokenizers(model: Published) -> Published:
+    """The model with the files of the packaged vocabulary where it uses that, so that others can read the folder."""
+    tokenizers = {k: dict(v) for k, v in model.tokenizers.items()}
+    for component in model.tensors:
+        name = component.replace("text_encoder", "tokenizer")
+        if not component.startswith("text_encoder") or tokenizers.get(name):
+            continue
+        merges = [(a, b) for a, b in (line.split(" ") for line in packaged_merges().splitlines())]
+        pad = "!" if model.configs[component].get("hidden_act") == "gelu" else END  # as each was trained
+        settings = {
+            "tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END, "unk_token": END,
+            "pad_token": pad, "model_max_length": model.configs[component]["max_position_embeddings"],
+        }  # fmt: skip
+        tokenizers[name] = {
+            "vocab.json": json.dumps(clip_vocabulary(merges), ensure_ascii=False),
+            "merges.txt": "#version: 0.2\n" + packaged_merges(),
+            "tokenizer_config.json": json.dumps(settings, indent=2),
+        }
+    return replace(model, tokenizers=tokenizers)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``sfumato convert``; returns the exit code, and lets SfumatoError through."""
+    parser = argparse.ArgumentParser(prog="sfumato convert", description="Folder to single file, or the other way.")
+    parser.add_argument("source", type=Path, help="a published folder or a single safetensors file")
+    parser.add_argument("target", type=Path, help="where to write the other form; it must not exist")
+    parser.add_argument("--variant", help="which files of a folder to take, such as fp16")
+    given = parser.parse_args(arguments)
+    print(convert(given.source, given.target, given.variant))
+    return 0

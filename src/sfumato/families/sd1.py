@@ -1,0 +1,64 @@
+"""Stable Diffusion 1.x: latent diffusion (2112.10752) under the words of CLIP L.
+
+| schedule                        | row | clock given to the network | spacing           |
+|---------------------------------|-----|----------------------------|-------------------|
+| scaled-linear .00085→.012, 1000 | eps | index t                    | leading, offset 1 |
+
+x is the autoencoder's latents times 0.18215; the context is CLIP's last states, normalized.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sfumato.checkpoints.published import Json, Published
+from sfumato.families import common
+from sfumato.families.configs import sd_unet_config
+from sfumato.families.model import Defaults, Model
+from sfumato.networks.sd_unet import SDUNet
+
+FAMILY = "sd1"
+
+
+def recognize(configs: dict[str, Json]) -> str | None:
+    """Say why these configurations are of this family, or None."""
+    unet = configs.get("unet", {})
+    if "text_encoder" not in configs or "text_encoder_2" in configs or unet.get("use_linear_projection"):
+        return None
+    if unet.get("addition_embed_type") is not None:
+        return None
+    return "a U-Net with projections by convolution, under one CLIP tower"
+
+
+def load(model: Published, name: str) -> Model:
+    """Build the model; BadCheckpoint where its parts do not fit."""
+    scheduler = model.configs.get("scheduler", {})
+    config = sd_unet_config(model.configs["unet"])
+    network = common.build(model, "unet", SDUNet, config)
+    tower = common.tower(model, "text_encoder", "tokenizer", projected=False)
+    vae = common.autoencoder(model)
+    common.check_latents(model, config.in_channels, vae)
+    meaning, why = common.parameterization(scheduler)
+
+    def encode(prompts: list[str]) -> dict[str, Tensor]:
+        return {"context": tower.states(*tower.ids(prompts), skip=None)[0]}
+
+    side = common.side(model.configs["unet"], vae, 512)
+    return Model(
+        name=name,
+        family=FAMILY,
+        path=model.path,
+        hash=model.fingerprint(),
+        network=network,
+        encode=encode,
+        decode=common.decoder(vae),
+        schedule=common.schedule(scheduler),
+        parameterization=meaning,
+        channels=config.in_channels,
+        factor=vae.config.factor,
+        multiple=vae.config.factor,
+        max_pixels=1 << 22,
+        spacings=lambda width, height: common.spacing_settings(scheduler),
+        defaults=Defaults("dpmpp-2m", common.usual_spacing(scheduler), 25, 7.5, side, side),
+        card=common.card(model, why),
+    )

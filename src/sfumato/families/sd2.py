@@ -1,0 +1,76 @@
+"""Stable Diffusion 2.x and SD-Turbo: as 1.x, under the words of OpenCLIP H, with heads of 64 and linear projections.
+
+| model         | schedule                        | row | clock given to the network | spacing           |
+|---------------|---------------------------------|-----|----------------------------|-------------------|
+| 2.x-base, 512 | scaled-linear .00085→.012, 1000 | eps | index t                    | leading, offset 1 |
+| 2.x, 768      | same                            | v   | index t                    | same              |
+| Turbo         | same                            | eps | index t                    | trailing, 1 step  |
+
+The context is the states before the tower's last layer, normalized; published folders leave that layer out. Where a
+file does not say whether its row is eps or v, one call of the network does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.published import Json, Published
+from sfumato.families import common
+from sfumato.families.configs import sd_unet_config
+from sfumato.families.model import Defaults, Model
+from sfumato.networks.sd_unet import SDUNet
+
+FAMILY = "sd2"
+
+
+def recognize(configs: dict[str, Json]) -> str | None:
+    """Say why these configurations are of this family, or None."""
+    unet = configs.get("unet", {})
+    if "text_encoder" not in configs or "text_encoder_2" in configs or not unet.get("use_linear_projection"):
+        return None
+    if unet.get("addition_embed_type") is not None:
+        return None
+    return "a U-Net with linear projections, under one CLIP tower"
+
+
+def load(model: Published, name: str) -> Model:
+    """Build the model; BadCheckpoint where its parts do not fit."""
+    scheduler = model.configs.get("scheduler", {})
+    config = sd_unet_config(model.configs["unet"])
+    network = common.build(model, "unet", SDUNet, config)
+    tower = common.tower(model, "text_encoder", "tokenizer", projected=False, pad=0)
+    vae = common.autoencoder(model)
+    common.check_latents(model, config.in_channels, vae)
+    schedule = common.schedule(scheduler)
+
+    def encode(prompts: list[str]) -> dict[str, Tensor]:
+        return {"context": tower.states(*tower.ids(prompts), skip=None)[0]}
+
+    def probe() -> tuple[str, str]:
+        with torch.inference_mode():
+            return common.probe(network, schedule(schedule.t_max), config.in_channels, encode([""]))
+
+    meaning, why = common.parameterization(scheduler, probe)
+    usual = common.side(model.configs["unet"], vae, 768 if meaning.name == "v" else 512)
+    defaults = Defaults("dpmpp-2m", common.usual_spacing(scheduler), 25, 7.5, usual, usual)
+    if common.few_steps(scheduler):
+        defaults = Defaults("euler", "trailing", 1, 1.0, usual, usual)
+    return Model(
+        name=name,
+        family=FAMILY,
+        path=model.path,
+        hash=model.fingerprint(),
+        network=network,
+        encode=encode,
+        decode=common.decoder(vae),
+        schedule=schedule,
+        parameterization=meaning,
+        channels=config.in_channels,
+        factor=vae.config.factor,
+        multiple=vae.config.factor,
+        max_pixels=1 << 22,
+        spacings=lambda width, height: common.spacing_settings(scheduler),
+        defaults=defaults,
+        card=common.card(model, why),
+    )

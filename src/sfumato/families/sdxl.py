@@ -1,0 +1,80 @@
+"""Stable Diffusion XL and SDXL-Turbo (2307.01952): a U-Net under two towers, told the picture's size and crop.
+
+| model | schedule                        | row | clock given to the network | spacing           |
+|-------|---------------------------------|-----|----------------------------|-------------------|
+| XL    | scaled-linear .00085→.012, 1000 | eps | index t                    | leading, offset 1 |
+| Turbo | same                            | eps | index t                    | trailing, 1 step  |
+
+The context is both towers' states before their last layers, side by side; the pooled vector is the second tower's.
+Without words both are zero, as in training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.published import Json, Published
+from sfumato.families import common
+from sfumato.families.configs import sd_unet_config
+from sfumato.families.model import Defaults, Model
+from sfumato.networks.sd_unet import SDUNet
+
+FAMILY = "sdxl"
+
+
+def recognize(configs: dict[str, Json]) -> str | None:
+    """Say why these configurations are of this family, or None."""
+    unet = configs.get("unet", {})
+    if "text_encoder" in configs and "text_encoder_2" in configs and unet.get("addition_embed_type") == "text_time":
+        return "a U-Net that is told sizes, under two CLIP towers"
+    return None
+
+
+def load(model: Published, name: str) -> Model:
+    """Build the model; BadCheckpoint where its parts do not fit."""
+    scheduler = model.configs.get("scheduler", {})
+    config = sd_unet_config(model.configs["unet"])
+    network = common.build(model, "unet", SDUNet, config)
+    first = common.tower(model, "text_encoder", "tokenizer", projected=False)
+    second = common.tower(model, "text_encoder_2", "tokenizer_2", projected=True, pad=0)
+    vae = common.autoencoder(model)
+    common.check_latents(model, config.in_channels, vae)
+    meaning, why = common.parameterization(scheduler)
+    zeros = bool(model.configs[""].get("force_zeros_for_empty_prompt", True))
+
+    def encode(prompts: list[str]) -> dict[str, Tensor]:
+        ids = common.same_rows(prompts, first, second)
+        (a, _), (b, pooled) = first.states(*ids[0], skip=1), second.states(*ids[1], skip=1)
+        context = torch.cat([a, b], dim=-1)
+        if zeros:
+            told = torch.tensor([bool(p) for p in prompts], device=context.device)
+            context, pooled = context * told[:, None, None], pooled * told[:, None]
+        return {"context": context, "pooled": pooled}
+
+    def situate(width: int, height: int, guidance: float) -> dict[str, Tensor]:
+        return {"sizes": common.row([height, width, 0, 0, height, width])}
+
+    side = common.side(model.configs["unet"], vae, 1024)
+    defaults = Defaults("dpmpp-2m", common.usual_spacing(scheduler), 30, 5.0, side, side)
+    if common.few_steps(scheduler):
+        defaults = Defaults("euler", "trailing", 1, 1.0, side, side)
+    return Model(
+        name=name,
+        family=FAMILY,
+        path=model.path,
+        hash=model.fingerprint(),
+        network=network,
+        encode=encode,
+        decode=common.decoder(vae),
+        schedule=common.schedule(scheduler),
+        parameterization=meaning,
+        channels=config.in_channels,
+        factor=vae.config.factor,
+        multiple=vae.config.factor,
+        max_pixels=1 << 23,
+        situate=situate,
+        spacings=lambda width, height: common.spacing_settings(scheduler),
+        defaults=defaults,
+        card=common.card(model, why),
+    )
