@@ -146,6 +146,40 @@ def test_guidance_is_the_line_through_the_two_predictions(tiny: Model) -> None:
     )
 
 
+def test_a_model_s_own_conditioning_and_spacing_reach_network_and_path(tiny: Model) -> None:
+    told: list[torch.Tensor] = []
+
+    class Told(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = tiny.network
+
+        def forward(
+            self, x: torch.Tensor, clock: torch.Tensor, place: torch.Tensor, **words: torch.Tensor
+        ) -> torch.Tensor:
+            told.append(place)
+            return self.network(x, clock, **words)
+
+    model = replace(
+        tiny,
+        network=Told(),
+        situate=lambda width, height, guidance: {"place": torch.tensor([[float(width), float(height), guidance]])},
+        spacings=lambda width, height: {"shift": {"s": 5.0}},
+    )
+    request = Request(WORDS, seed=0, n=2, width=32, spacing="shift", guidance=2.0)
+    steps = [e for e in Pipeline(model, batch=2).run(request) if isinstance(e, Step)]
+    assert torch.equal(told[0], torch.tensor([[32.0, 16.0, 2.0]]).expand(4, 3))
+    path = SPACINGS["shift"](tiny.schedule, 4, s=5.0)
+    assert [s.level for s in steps] == list(path[1:])
+
+    told.clear()
+    distilled = replace(model, distilled=True)
+    list(Pipeline(distilled, batch=2).run(request))
+    assert torch.equal(told[0], torch.tensor([[32.0, 16.0, 2.0]]).expand(2, 3))
+    with pytest.raises(BadRequest, match="negative has no effect with model"):
+        Pipeline(distilled).run(replace(request, negative="rain"))
+
+
 def test_inference_mode_stays_inside(tiny: Model) -> None:
     for event in Pipeline(tiny).run(Request(WORDS, seed=0, n=2)):
         assert not torch.is_inference_mode_enabled()

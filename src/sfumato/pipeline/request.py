@@ -123,7 +123,7 @@ class Request:
         assert request.width is not None
         assert request.height is not None
         _check_size(request.width, request.height, model)
-        _check_effect(request)
+        _check_effect(request, model)
         return request
 
 
@@ -143,14 +143,15 @@ def _check_size(width: int, height: int, model: Model) -> None:
         )
 
 
-def _check_effect(request: Request) -> None:
+def _check_effect(request: Request, model: Model) -> None:
     """Refuse settings that would be ignored."""
     from sfumato.diffusion import find_sampler
 
-    if request.guidance == 1:
+    if request.guidance == 1 or model.distilled:
         for name in ("negative", "guidance_rescale", "guidance_interval"):
             if getattr(request, name):
-                raise BadRequest(f"{name} has no effect at guidance 1: raise guidance, or leave it out")
+                where = f"with model {model.name!r}" if model.distilled else "at guidance 1"
+                raise BadRequest(f"{name} has no effect {where}: leave it out")
     if request.eta is not None and "eta" not in find_sampler(str(request.sampler)).settings:
         raise BadRequest(f"sampler {request.sampler!r} takes no eta; ddim does")
 
