@@ -81,3 +81,21 @@ def exact(denoise: Any, x: Floats, p: NoiseLevel, q: NoiseLevel) -> Floats:
     ends = (p.sigma / p.alpha, q.sigma / q.alpha)
     out = solve_ivp(eps, ends, (x / p.alpha).ravel(), "DOP853", rtol=1e-12, atol=1e-13)
     return q.alpha * out.y[:, -1].reshape(x.shape)
+
+
+def moments(sampler: Any, path: Path, mean: Floats, deviation: Floats, **settings: Any) -> tuple[Floats, Floats]:
+    """Exact mean and variance of a sampler's result for GAUSSIAN, where each step is affine in x and noise.
+
+    Row 0 of the batch has no noise at all, row 1 that of the start, and row 2 + k that of the k-th draw.
+    """
+    x = np.tile(mean, (2 * len(path) + 2, 1))
+    x[1] += deviation
+    draws = iter(range(2, len(x)))
+
+    def noise(y: Floats) -> Floats:
+        z = np.zeros_like(y)
+        z[next(draws)] = 1
+        return z
+
+    *_, last = sampler(GAUSSIAN, x, path, noise, **settings)
+    return last.x[0], ((last.x[1:] - last.x[0]) ** 2).sum(0)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from mixtures import CURVES, GAUSSIAN, MIXTURE, exact, smooth_path
+from mixtures import CURVES, GAUSSIAN, MIXTURE, exact, moments, smooth_path
 
 from sfumato.diffusion import SAMPLERS, NoiseLevel, Path, Prediction
 
@@ -82,24 +82,6 @@ def test_inversion_is_of_first_order_upwards(curve):
     assert observed(errors) == pytest.approx(1, abs=0.1)
 
 
-def moments(sampler, path, mean, deviation, **settings):
-    """Exact mean and variance of a sampler's result for Gaussian data, where each step is affine in x and noise.
-
-    Row 0 of the batch has no noise at all, row 1 that of the start, and row 2 + k that of the k-th draw.
-    """
-    x = np.tile(mean, (2 * len(path) + 2, 1))
-    x[1] += deviation
-    draws = iter(range(2, len(x)))
-
-    def noise(y):
-        z = np.zeros_like(y)
-        z[next(draws)] = 1
-        return z
-
-    *_, last = sampler(GAUSSIAN, x, path, noise, **settings)
-    return last.x[0], ((last.x[1:] - last.x[0]) ** 2).sum(0)
-
-
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("eta", [1.0, 0.5])
 @pytest.mark.parametrize("sampler", STOCHASTIC, ids=lambda s: s.name)
@@ -108,7 +90,7 @@ def test_order_of_the_law(sampler, eta, curve):
     mean, variance = GAUSSIAN.means[0], GAUSSIAN.variances[0]
     deviation = np.sqrt(p.alpha**2 * variance + p.sigma**2)
     errors = []
-    for steps in (384, 768):
+    for steps in (160, 320):
         got, spread = moments(sampler, smooth_path(curve, steps, high=HIGH), p.alpha * mean, deviation, eta=eta)
         assert got == pytest.approx(q.alpha * mean, abs=1e-9)
         errors.append(np.abs(spread - (q.alpha**2 * variance + q.sigma**2)).max())
@@ -123,7 +105,7 @@ def test_order_of_the_reverse_process(name):
     x = np.array([5.0, -9.0])
     gain = (variance + q.sigma**2) / (variance + p.sigma**2)
     errors = []
-    for steps in (384, 768):
+    for steps in (160, 320):
         got, spread = moments(SAMPLERS[name], smooth_path("ve", steps, high=HIGH), x, 0.0)
         assert got == pytest.approx(mean + gain * (x - mean), abs=1e-9)
         errors.append(np.abs(spread - (variance + q.sigma**2) * (1 - gain)).max())

@@ -1,7 +1,5 @@
 """Guidance: its identities, and its independence of the parameterization and of the kind of array."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -85,13 +83,12 @@ def test_interval_reads_the_level_and_spares_the_weak_call():
     pair = Pair(MIXTURE, lambda x, level: calls.append(level) or GAUSSIAN(x, level))
     guided = interval(cfg(3.0), low=0.5, high=2.0)(pair)
     for ratio, on in [(0.4, False), (0.5, False), (0.51, True), (2.0, True), (2.01, False)]:
-        for scale in (1.0, 1 / math.hypot(1, ratio), 1 / (1 + ratio)):  # VE, VP, flow
+        for scale in (1.0, 0.5, 0.0625):  # VE, or any other coordinates; exact in binary, as the ends are tested
             level = NoiseLevel(ratio, scale, scale * ratio)
             calls.clear()
             got = guided(X, level)
-            if abs(ratio - 0.5) > 0.001 and abs(ratio - 2.0) > 0.001:
-                assert bool(calls) == on
-                close(got, (cfg(3.0)(pair) if on else MIXTURE)(X, level))
+            assert bool(calls) == on
+            close(got, (cfg(3.0)(pair) if on else MIXTURE)(X, level))
     pure = LEVELS[-1]
     close(guided(X, pure), MIXTURE(X, pure))
     close(interval(cfg(3.0))(pair)(X, pure), cfg(3.0)(pair)(X, pure))

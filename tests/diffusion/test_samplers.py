@@ -20,6 +20,7 @@ from sfumato.diffusion import (
     find_sampler,
     q_sample,
 )
+from sfumato.diffusion.samplers import LIMITS
 from sfumato.errors import BadRequest
 
 EVERY = {name: make() for name, make in SCHEDULES.items()}
@@ -239,6 +240,11 @@ def test_multistep_starts_with_first_order_steps_at_pure_noise():
     ddim = list(SAMPLERS["ddim"](through("flow"), np.ones((1, 3)), path, fresh()))
     np.testing.assert_allclose([s.x for s in ours[:2]], [s.x for s in ddim[:2]], rtol=1e-12)
     assert np.abs(ours[2].x - ddim[2].x).max() > 1e-4
+
+
+def test_every_setting_has_limits():
+    assert {key for sampler in SAMPLERS.values() for key in sampler.settings} == LIMITS.keys()
+    assert SAMPLERS["ddpm"].settings == {"eta": 1.0}
 
 
 def test_unknown_settings_are_refused_with_the_nearest():

@@ -108,9 +108,17 @@ def test_impossible_steps_are_refused(steps):
 def test_settings_are_never_ignored():
     with pytest.raises(BadRequest, match="did you mean 'rho'"):
         SPACINGS["karras"](SD, 10, roh=5)
-    for name, bad in [("karras", {"rho": 0}), ("shift", {"s": -1.0}), ("beta", {"alpha": math.nan})]:
+    for name, bad in [
+        ("karras", {"rho": 0}),
+        ("shift", {"s": -1.0}),
+        ("beta", {"alpha": math.nan}),
+        ("shift", {"s": "3"}),
+    ]:
         with pytest.raises(BadRequest, match="positive"):
             SPACINGS[name](SD, 10, **bad)
+    for offset in (-1, math.nan, "1"):
+        with pytest.raises(BadRequest, match="offset"):
+            SPACINGS["leading"](SD, 10, offset=offset)
     with pytest.raises(BadRequest, match="distinct levels"):
         SPACINGS["leading"](SD, 1000, offset=1)  # the last index is 999
     with pytest.raises(BadRequest, match="distinct levels"):

@@ -76,8 +76,10 @@ def _sum(alpha: float, sigma: float) -> float:
 _SIZES: list[Callable[[float, float], float]] = [math.hypot, _sum, _alpha]  # constant along VP, flow, VE
 
 
-def leading(schedule: Schedule, steps: int, offset: float = 0) -> list[float]:
+def leading(schedule: Schedule, steps: int, offset: Any = 0) -> list[float]:
     """Multiples of ⌊T/n⌋ plus an offset (DDIM; Stable Diffusion 1 and 2 with offset 1)."""
+    if not isinstance(offset, (int, float)) or not 0 <= offset < math.inf:
+        raise BadRequest(f"spacing: offset must be a number of at least 0, not {offset!r}")
     span = schedule.t_max - schedule.t_min
     unit = span / steps if schedule.steps is None else schedule.steps // steps
     return [float(schedule.t_min + unit * k + offset) for k in reversed(range(steps))]
@@ -143,8 +145,8 @@ def _at_ratios(schedule: Schedule, ratios: list[float]) -> list[NoiseLevel]:
     return [schedule(schedule.t_max), *inner]
 
 
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise BadRequest(f"spacing: {name} must be a positive number, not {value!r}")
 
 
