@@ -23,6 +23,7 @@ from sfumato.errors import BadCheckpoint, BadRequest, NoResources, SfumatoError
 from sfumato.pipeline.request import Request
 
 if TYPE_CHECKING:
+    from sfumato.checkpoints.tensors import Header
     from sfumato.pipeline.picture import Picture, Pixels
     from sfumato.pipeline.pipeline import Pipeline
 
@@ -322,14 +323,11 @@ def _model_facts(path: Path, name: str) -> dict[str, Any]:
         from sfumato.families import locate
 
         path = locate(name)
+    if path.is_dir():  # a published folder, one file or more for each part
+        files = sorted(path.glob("*/*.safetensors"))
+        return {"model": str(path), **{str(f.relative_to(path)): _header_facts(read_header(f)) for f in files}}
     header = read_header(path)
-    facts: dict[str, Any] = {
-        "model": str(path),
-        "bytes": header.size,
-        "tensors": len(header.tensors),
-        "parameters": header.parameters,
-        "dtypes": ", ".join(sorted({t.dtype for t in header.tensors.values()})),
-    }
+    facts = {"model": str(path), **_header_facts(header)}
     for key, text in header.metadata.items():
         if key.startswith("sfumato-"):
             facts["format"] = key
@@ -341,6 +339,15 @@ def _model_facts(path: Path, name: str) -> dict[str, Any]:
         else:
             facts.setdefault("metadata", {})[key] = text if len(text) <= 200 else text[:200] + "..."
     return facts
+
+
+def _header_facts(header: Header) -> dict[str, Any]:
+    return {
+        "bytes": header.size,
+        "tensors": len(header.tensors),
+        "parameters": header.parameters,
+        "dtypes": ", ".join(sorted({t.dtype for t in header.tensors.values()})),
+    }
 
 
 def _samplers(args: argparse.Namespace) -> int:
