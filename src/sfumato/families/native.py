@@ -117,7 +117,7 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         hash=hash,
         network=native.network.to(memory_format=torch.channels_last),
         encode=native.text.encode,
-        decode=_identity,
+        decode=_three_channels,
         schedule=config.build_schedule(),
         parameterization=config.build_parameterization(),
         channels=config.network.in_channels,
@@ -128,5 +128,5 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
     )
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+def _three_channels(x: Tensor) -> Tensor:
+    return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)  # grey
