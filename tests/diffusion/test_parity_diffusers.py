@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from random_network import SHAPE, denoise, network, start
 
-from networks import SHAPE, denoise, network, start
 from sfumato.diffusion import SAMPLERS, SPACINGS, NoiseLevel, Path
 from sfumato.diffusion.schedules import Discrete, Flow
 

@@ -7,8 +7,8 @@ import types
 
 import pytest
 import torch
+from random_network import SHAPE, denoise, start
 
-from networks import SHAPE, denoise, start
 from sfumato.diffusion import SAMPLERS, SCHEDULES, SPACINGS, Path
 from sfumato.diffusion.samplers import middle, renewal
 
