@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 from sfumato.errors import BadCheckpoint
 from sfumato.networks.autoencoder import AutoencoderConfig, TinyAutoencoderConfig
+from sfumato.networks.dit import DiTConfig
+from sfumato.networks.flux import FluxConfig
+from sfumato.networks.mmdit import MMDiTConfig
 from sfumato.networks.sd_unet import SDUNetConfig
 from sfumato.text.clip import CLIPConfig
 from sfumato.text.t5 import T5Config
@@ -181,4 +184,74 @@ def _t5(c: Json) -> T5Config:
         buckets=c.get("relative_attention_num_buckets", 32),
         max_distance=c.get("relative_attention_max_distance", 128),
         eps=c.get("layer_norm_epsilon", 1e-6),
+    )
+
+
+def dit_config(raw: Json) -> DiTConfig:
+    """DiT, from a ``DiTTransformer2DModel``'s or a ``Transformer2DModel``'s configuration."""
+    return _read("DiT", raw, _dit)
+
+
+def mmdit_config(raw: Json) -> MMDiTConfig:
+    """Stable Diffusion 3's transformer, from a ``SD3Transformer2DModel``'s configuration."""
+    return _read("MMDiT", raw, _mmdit)
+
+
+def flux_config(raw: Json) -> FluxConfig:
+    """FLUX's transformer, from a ``FluxTransformer2DModel``'s configuration."""
+    return _read("FLUX transformer", raw, _flux)
+
+
+def _dit(c: Json) -> DiTConfig:
+    _only(c, norm_type="ada_norm_zero", norm_elementwise_affine=False, activation_fn=("gelu-approximate", "gelu"))
+    channels = c.get("in_channels", 4)
+    return DiTConfig(
+        in_channels=channels,
+        out_channels=c.get("out_channels") or channels,
+        patch=c.get("patch_size", 2),
+        size=c.get("sample_size", 32),
+        layers=c.get("num_layers", 28),
+        heads=c.get("num_attention_heads", 16),
+        head_dim=c.get("attention_head_dim", 72),
+        classes=c.get("num_embeds_ada_norm", 1000),
+        bias=c.get("attention_bias", True),
+        eps=c.get("norm_eps", 1e-5),
+        activation="gelu" if c.get("activation_fn") == "gelu" else "gelu-tanh",
+    )
+
+
+def _mmdit(c: Json) -> MMDiTConfig:
+    _only(c, qk_norm=(None, "rms_norm"))
+    heads, head_dim = c.get("num_attention_heads", 18), c.get("attention_head_dim", 64)
+    _only({"caption_projection_dim": c.get("caption_projection_dim", 1152)}, caption_projection_dim=heads * head_dim)
+    channels = c.get("in_channels", 16)
+    return MMDiTConfig(
+        in_channels=channels,
+        out_channels=c.get("out_channels") or channels,
+        patch=c.get("patch_size", 2),
+        layers=c.get("num_layers", 18),
+        heads=heads,
+        head_dim=head_dim,
+        context_dim=c.get("joint_attention_dim", 4096),
+        pooled_dim=c.get("pooled_projection_dim", 2048),
+        positions=c.get("pos_embed_max_size", 96),
+        dual=tuple(c.get("dual_attention_layers") or ()),
+        normalized=c.get("qk_norm") is not None,
+    )
+
+
+def _flux(c: Json) -> FluxConfig:
+    _only(c, patch_size=1)
+    channels = c.get("in_channels", 64)
+    return FluxConfig(
+        in_channels=channels,
+        out_channels=c.get("out_channels") or channels,
+        layers=c.get("num_layers", 19),
+        single_layers=c.get("num_single_layers", 38),
+        heads=c.get("num_attention_heads", 24),
+        head_dim=c.get("attention_head_dim", 128),
+        context_dim=c.get("joint_attention_dim", 4096),
+        pooled_dim=c.get("pooled_projection_dim", 768),
+        guided=c.get("guidance_embeds", False),
+        axes=tuple(c.get("axes_dims_rope", (16, 56, 56))),
     )

@@ -211,3 +211,16 @@ class Upsample(nn.Module):
         """(B, C, H, W) → (B, C, 2H, 2W), or the given size."""
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square, at least in float32 (Zhang & Sennrich 1910.07467): (…, D) → (…, D)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last axis."""
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)

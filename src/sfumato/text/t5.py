@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.blocks import attend
+from sfumato.networks.blocks import RMSNorm, attend
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,6 @@ class T5Config:
     buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
-
-
-class RMSNorm(nn.Module):
-    """Division by the root mean square, in float32 whatever comes in (1910.07467)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) → (…, D)."""
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
