@@ -4,7 +4,7 @@ Every schedule's probability-flow ODE is dx = x0·dα + ε·dσ, where (x0, ε) 
 first-order step from level p to level q mixes the two parts again, x_q = α_q·x0 + σ_q·ε: that is DDIM under VP,
 Euler on EDM's path and Euler flow matching on the straight path. What the methods change in that loop:
 
-    ancestral, DDPM     ε ← √(1−f²)·ε + f·z                    a fraction of the noise is renewed
+    ancestral, DDPM     ε ← √(1−f²)·ε + f·z                      a fraction of the noise is renewed
     DPM-Solver++        x0 ← x0 extrapolated in λ = log(α/σ)     then ε = (x − α_p·x0)/σ_p keeps to x
     PLMS, DPM-Solver-2  ε ← ε extrapolated or at the middle      then x0 = (x − σ_p·ε)/α_p keeps to x
     Heun                x ← x + Δα·mean(x0) + Δσ·mean(ε)         the only one that depends on the coordinates
@@ -29,7 +29,6 @@ from sfumato.diffusion.spacings import Path, check_settings, plain, settings_of
 from sfumato.errors import BadRequest, nearest
 
 from_x0, from_eps = Prediction.from_x0, Prediction.from_eps
-
 
 Node: TypeAlias = tuple[NoiseLevel, Any]  # a level and the x0 that was predicted there
 
