@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sfumato.errors import BadCheckpoint, BadRequest, NoResources, SfumatoError
+from sfumato.files import cannot_write, write_atomically
 from sfumato.pipeline.request import Request
 
 if TYPE_CHECKING:
@@ -447,18 +448,16 @@ class Target:
         """Write frames (H, W, 3) as an animated GIF that rests on the last."""
         from PIL import Image
 
-        from sfumato.pipeline.picture import enlarge, write_file
+        from sfumato.pipeline.picture import enlarge
 
         self._make_folder()
         images = [Image.fromarray(enlarge(f, scale)) for f in frames]
         durations = [max(40, min(200, 4000 // len(images)))] * (len(images) - 1) + [2000]
         data = io.BytesIO()
         images[0].save(data, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-        write_file(self.file, data.getvalue(), overwrite=self.overwrite)
+        write_atomically(self.file, data.getvalue(), overwrite=self.overwrite)
 
     def _make_folder(self) -> None:
-        from sfumato.pipeline.picture import cannot_write
-
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -471,8 +470,6 @@ def _exists(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as e:  # a name that is too long, a folder that is a file
-        from sfumato.pipeline.picture import cannot_write
-
         raise cannot_write(path, e) from e
     return True
 
@@ -489,8 +486,6 @@ def _check_writable(folder: Path) -> None:
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as e:
-        from sfumato.pipeline.picture import cannot_write
-
         raise cannot_write(folder, e) from e
 
 

@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import secrets
 from pathlib import Path
 
-from sfumato.errors import NoResources
+from sfumato.errors import BadRequest, NoResources, SfumatoError
+
+PART = ".part"  # ending of a file that is being written; a crash may leave one behind
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part; NoResources on a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomically(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+    """Write a file so that it is there whole or not at all: temporary file, fsync, rename, fsync of the folder.
+
+    Without ``overwrite`` a file that exists, even one made meanwhile, is left alone and BadRequest raised.
+    """
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}{PART}"
     try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _move_to_new(temporary, path)
+        _sync_folder(path.parent)
+    except FileExistsError as e:
+        raise BadRequest(f"{path} exists already; it is left as it is") from e
     except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise NoResources(f"cannot write {path}: {e.strerror}; nothing was changed") from None
+        raise cannot_write(path, e) from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def cannot_write(path: Path, error: OSError) -> SfumatoError:
+    """Return the error to raise when a path cannot be written."""
+    kind = NoResources if error.errno in (errno.ENOSPC, errno.EDQUOT) else BadRequest
+    return kind(f"cannot write {path}: {error.strerror or error}")
+
+
+def _move_to_new(temporary: Path, path: Path) -> None:
+    """Rename unless the target exists; a hard link fails where rename would replace."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(path, "x"):
+            pass
+        os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system whose folders cannot be opened
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

@@ -7,12 +7,10 @@ ones can be looked at; its own pixels are then every scale-th one of the file.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from sfumato.errors import BadData, BadRequest, NoResources, SfumatoError
+from sfumato.errors import BadData, BadRequest, SfumatoError
+from sfumato.files import write_atomically
 from sfumato.pipeline.request import Request
 
 Pixels = NDArray[np.uint8]
@@ -83,7 +82,7 @@ class Picture:
         Raises BadRequest for a path that cannot be written or, without ``overwrite``, exists.
         """
         path = Path(path)
-        write_file(path, self.encode(scale), overwrite=overwrite)
+        write_atomically(path, self.encode(scale), overwrite=overwrite)
         return path
 
     @classmethod
@@ -222,64 +221,6 @@ def read_png(path: str | os.PathLike[str]) -> tuple[Pixels, dict[str, str]]:
         raise BadData(f"{path}: not readable") from e
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise BadData(f"{path}: not a whole PNG ({e})") from e
-
-
-def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Write a file so that it is there whole or not at all: temporary file, fsync, rename, fsync of the folder.
-
-    Without ``overwrite`` a file that exists, even one made meanwhile, is left alone and BadRequest raised.
-    """
-    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.part"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _move_to_new(temporary, path)
-        _sync_folder(path.parent)
-    except FileExistsError as e:
-        raise BadRequest(f"{path} exists already; it is left as it is") from e
-    except OSError as e:
-        raise cannot_write(path, e) from e
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def cannot_write(path: Path, error: OSError) -> SfumatoError:
-    """Return the error to raise when a path cannot be written."""
-    import errno
-
-    kind = NoResources if error.errno in (errno.ENOSPC, errno.EDQUOT) else BadRequest
-    return kind(f"cannot write {path}: {error.strerror or error}")
-
-
-def _move_to_new(temporary: Path, path: Path) -> None:
-    """Rename unless the target exists; a hard link fails where rename would replace."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        with open(path, "x"):
-            pass
-        os.replace(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # a system whose folders cannot be opened
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 def _their_sampler(name: str | None) -> str:

@@ -14,7 +14,7 @@ from sfumato.diffusion.level import NoiseLevel, Prediction
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.spacings import SPACINGS
 from sfumato.families.native import Native
-from sfumato.training.state import write_atomically
+from sfumato.files import write_atomically
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sfumato.files import write_atomically
+from sfumato.files import PART, write_atomically
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
 
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, warning about each damaged one passed over; None if none is."""
+    for part in folder.glob(f".*{PART}"):  # a save that was killed
+        part.unlink(missing_ok=True)
     for path in sorted(folder.glob("step-*.json"), reverse=True):
         try:
             plain = json.loads(path.read_bytes())
