@@ -13,12 +13,29 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn.functional import pixel_unshuffle
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from sfumato.pipeline.noise import start
 from sfumato.text.tokenizer import clip_vocabulary, packaged_merges
@@ -92,6 +109,12 @@ def make(family: str, seed: int, folder: Path) -> DiffusionPipeline:
     """Build a small random pipeline of diffusers for a family."""
     r = random.Random(f"{family} {seed}")
     torch.manual_seed(seed)
+    if family == "sd3":
+        return make_sd3(r, folder, with_t5=seed % 2 == 1)
+    if family == "flux":
+        return make_flux(r, folder, guided=seed % 2 == 1)
+    if family == "dit":
+        return make_dit(r)
     if family == "sdxl":
         widths = [64 * r.choice([1, 2]) for _ in range(2)]
         second = text_config(r, projection=32, hidden_act="gelu")
@@ -152,9 +175,102 @@ def make(family: str, seed: int, folder: Path) -> DiffusionPipeline:
     )
 
 
+def t5_tokenizer(length: int) -> PreTrainedTokenizerFast:
+    """A small tokenizer of T5's kind."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((c, -3.0) for c in "▁abcdefghijklmnopqrstuvwxyz,")]
+    tokenizer = Tokenizer(models.Unigram([*pieces, ("▁an", -1.0), ("ing", -1.5)], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+    )
+
+
+def t5_encoder(r: random.Random, dim: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=40, d_model=dim, d_kv=8, d_ff=48, num_layers=2, num_heads=r.choice([2, 3]),
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return shaken(T5EncoderModel(config))
+
+
+def make_sd3(r: random.Random, folder: Path, with_t5: bool) -> StableDiffusion3Pipeline:
+    heads, layers, context = r.choice([1, 2]), r.choice([1, 2]), r.choice([128, 136])
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=16,
+        num_layers=layers,
+        attention_head_dim=64,
+        num_attention_heads=heads,
+        joint_attention_dim=context,
+        caption_projection_dim=64 * heads,
+        pooled_projection_dim=48,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,) if with_t5 else (),
+        qk_norm="rms_norm" if with_t5 else None,
+    )
+    second = text_config(r, projection=32, hidden_act="gelu")
+    return StableDiffusion3Pipeline(
+        transformer=shaken(transformer),
+        vae=vae(r, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+                use_post_quant_conv=False),
+        text_encoder=shaken(CLIPTextModelWithProjection(text_config(r, projection=16))),
+        text_encoder_2=shaken(CLIPTextModelWithProjection(second)),
+        text_encoder_3=t5_encoder(r, context) if with_t5 else None,
+        tokenizer=clip_tokenizer(folder / "words"),
+        tokenizer_2=clip_tokenizer(folder / "words", pad="!"),
+        tokenizer_3=t5_tokenizer(256) if with_t5 else None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+
+
+def make_flux(r: random.Random, folder: Path, guided: bool) -> FluxPipeline:
+    heads, head_dim, context = r.choice([1, 2]), 16, r.choice([24, 32])
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=r.choice([1, 2]),
+        num_single_layers=r.choice([1, 2]),
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=context,
+        pooled_projection_dim=64,
+        guidance_embeds=guided,
+        axes_dims_rope=(2, 6, 8),
+    )
+    return FluxPipeline(
+        transformer=shaken(transformer),
+        vae=vae(r, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+                use_post_quant_conv=False),
+        text_encoder=shaken(CLIPTextModel(text_config(r))),
+        text_encoder_2=t5_encoder(r, context),
+        tokenizer=clip_tokenizer(folder / "words"),
+        tokenizer_2=t5_tokenizer(512),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guided, shift=3.0 if guided else 1.0),
+    )  # fmt: skip
+
+
+def make_dit(r: random.Random) -> DiTPipeline:
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=r.choice([2, 3]),
+        attention_head_dim=r.choice([8, 12]),
+        in_channels=4,
+        out_channels=r.choice([4, 8]),
+        num_layers=r.choice([1, 2]),
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+    )
+    return DiTPipeline(
+        transformer=shaken(transformer, 0.1),
+        vae=vae(r),
+        scheduler=DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False),
+    )
+
+
 def their_picture(pipe: DiffusionPipeline, seed: int, channels: int, side: int, factor: int, **settings: Any) -> Any:
     """The picture of diffusers' pipeline from our noise, as uint8 (H, W, 3)."""
     latents = torch.from_numpy(start([seed], (channels, side // factor, side // factor)))
+    if isinstance(pipe, FluxPipeline):  # takes its tokens
+        latents = pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
     pipe.set_progress_bar_config(disable=True)
     with torch.inference_mode():
         picture = pipe(latents=latents, height=side, width=side, output_type="np", **settings).images[0]

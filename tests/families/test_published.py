@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 import sfumato
 from sfumato.checkpoints.folder import read_folder
 from sfumato.checkpoints.single_file import read_single_file
+from sfumato.errors import BadRequest
 from sfumato.families.convert import convert
+from sfumato.pipeline.noise import start
 
 PROMPT, NEGATIVE = "an astronaut riding a horse, oil painting", "blurry"
 SETTINGS: dict[str, Any] = {"steps": 4, "sampler": "ddim", "spacing": "leading", "guidance": 4.0}
@@ -77,3 +80,65 @@ def test_conversion_there_and_back_is_bitwise(
     assert first.fingerprint() == second.fingerprint() == single.fingerprint()
     file_2 = convert(back, tmp_path / "again.safetensors")
     assert file_2.read_bytes() == file.read_bytes()
+
+
+@pytest.fixture(scope="module", params=[(f, s) for f in ("sd3", "flux") for s in range(4)], ids=str)
+def flowing(request: Any, tmp_path_factory: Any) -> tuple[str, int, DiffusionPipeline, Path]:
+    """The same for the families of flows."""
+    family, seed = request.param
+    folder = tmp_path_factory.mktemp(f"{family}-{seed}")
+    pipe = make(family, seed, folder)
+    pipe.save_pretrained(folder / "model")
+    return family, seed, pipe, folder / "model"
+
+
+def test_pictures_of_flows_equal_diffusers(flowing: tuple[str, int, DiffusionPipeline, Path], tmp_path: Path) -> None:
+    family, seed, theirs, folder = flowing
+    ours = sfumato.load(folder)
+    model = ours.model
+    assert model.family == family
+    side = 8 * model.factor
+    request: dict[str, Any] = {"steps": 4, "sampler": "flow-euler", "spacing": "shift", "width": side, "height": side}
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25]}
+    request |= {"seed": seed, "guidance": 3.5 if family == "sd3" or model.distilled else 1.0}
+    asked |= {"guidance_scale": request["guidance"]}
+    if family == "flux":
+        asked["max_sequence_length"] = 512 if model.distilled else 256
+    [picture] = ours.generate(PROMPT, **request)
+    expected = their_picture(theirs, seed, model.channels, side, model.factor, **asked)
+    assert picture.pixels.std() > 5, "a flat picture proves nothing"
+    assert np.abs(picture.pixels.astype(int) - expected).max() <= 2
+
+    file = convert(folder, tmp_path / "model.safetensors")
+    [again] = sfumato.load(file).generate(PROMPT, **request)
+    assert np.array_equal(again.pixels, picture.pixels)
+    back = convert(file, tmp_path / "back")
+    assert convert(back, tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+    assert read_folder(back).fingerprint() == model.hash
+    if family == "sd3" and seed % 2 == 0:
+        bare = tmp_path / "bare.safetensors"
+        save_file(load_file(file), bare)
+        [again] = sfumato.load(bare).generate(PROMPT, **request)
+        assert np.array_equal(again.pixels, picture.pixels)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pictures_of_classes_equal_diffusers(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = make("dit", seed, tmp_path)
+    theirs.save_pretrained(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"  # published ones hold the labels
+    labels = {"0": "tench, Tinca tinca", "277": "red fox, Vulpes vulpes", "1": "goldfish"}
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": labels}))
+    ours = sfumato.load(tmp_path / "model")
+    factor = ours.model.factor
+    noise = torch.from_numpy(start([seed], (4, 8, 8)))
+    monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **_: noise)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(class_labels=[277], guidance_scale=3.0, num_inference_steps=4, output_type="np").images[0]
+    request: dict[str, Any] = {"steps": 4, "sampler": "ddim", "spacing": "leading", "guidance": 3.0, "seed": seed}
+    request |= {"width": 8 * factor, "height": 8 * factor}
+    pictures = [ours.generate(prompt, **request)[0].pixels for prompt in ("277", "Red Fox", "red fox, Vulpes vulpes")]
+    assert np.abs(pictures[0].astype(int) - np.round(expected * 255)).max() <= 2
+    assert all(np.array_equal(p, pictures[0]) for p in pictures)
+    with pytest.raises(BadRequest, match="red fox"):
+        ours.generate("red fix", **request)

@@ -2,13 +2,13 @@
 
     Place(theirs, ours, shape)      one tensor of the file is one of ours, or several, one after another along axis 0
 
-Names are facts of the published files: CompVis' and Stability's latent diffusion, OpenCLIP.
+Names are facts of the published files: CompVis' and Stability's latent diffusion, OpenCLIP, Stable Diffusion 3, FLUX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,11 +25,19 @@ class Place:
         ours: one name, or several whose tensors follow one another along axis 0.
         shape: "" the same, "1x1" if theirs is a 1×1 convolution and ours a linear layer, "transposed", or "halves" if
             the two halves along axis 0 change their places.
+        sizes: how long ours are along axis 0, in proportion; all alike without.
     """
 
     theirs: str
     ours: tuple[str, ...]
     shape: str = ""
+    sizes: tuple[int, ...] = ()
+
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Cut one of theirs into ours."""
+        sizes = self.sizes or (1,) * len(self.ours)
+        unit = len(tensor) // sum(sizes) if tensor.ndim else 0
+        return [tensor] if len(sizes) == 1 else tensor.split([n * unit for n in sizes])
 
 
 def to_ours(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict[str, Tensor]:
@@ -45,7 +53,7 @@ def to_ours(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict[str,
             tensor = tensor.T.contiguous()  # products with strided matrices round otherwise
         elif place.shape == "halves":
             tensor = tensor.roll(tensor.shape[0] // 2, 0)
-        result.update(zip(place.ours, tensor.chunk(len(place.ours)), strict=False))
+        result.update(zip(place.ours, place.split(tensor), strict=True))
     return result
 
 
@@ -88,7 +96,7 @@ def modules(theirs: str, ours: str, names: Mapping[str, str], shape: str = "") -
 def prefixed(prefix: str, places: Iterable[Place]) -> Iterator[Place]:
     """The same places where the file puts a prefix before every name."""
     for place in places:
-        yield Place(prefix + place.theirs, place.ours, place.shape)
+        yield replace(place, theirs=prefix + place.theirs)
 
 
 UNET_RESIDUAL = {
@@ -222,3 +230,91 @@ def open_clip(config: Json) -> Iterator[Place]:
         for kind in ("weight", "bias"):
             parts = tuple(f"{ours}.self_attn.{name}_proj.{kind}" for name in "qkv")
             yield Place(f"{theirs}.attn.in_proj_{kind}", parts)
+
+
+def fused(theirs: str, ours: Sequence[str], sizes: tuple[int, ...] = ()) -> Iterator[Place]:
+    """Several layers of ours that are one of theirs."""
+    for kind in ("weight", "bias"):
+        yield Place(f"{theirs}.{kind}", tuple(f"{name}.{kind}" for name in ours), "", sizes)
+
+
+def t5(config: Json) -> Iterator[Place]:
+    """T5's encoder under transformers' own names."""
+    yield Place("shared.weight", ("shared.weight",))
+    yield Place("encoder.final_layer_norm.weight", ("encoder.final_layer_norm.weight",))
+    leaves = [f"0.SelfAttention.{n}" for n in ("q", "k", "v", "o", "relative_attention_bias")]
+    leaves += ["0.layer_norm", "1.layer_norm", *(f"1.DenseReluDense.{n}" for n in ("wi", "wi_0", "wi_1", "wo"))]
+    for i in range(config["num_layers"]):
+        for leaf in leaves:
+            name = f"encoder.block.{i}.layer.{leaf}.weight"
+            yield Place(name, (name,))
+
+
+JOINT_ENDS = {
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.linear": "proj_out",
+}
+
+
+def mmdit(config: Json) -> Iterator[Place]:
+    """Stable Diffusion 3's transformer; its last norms have shift before scale, ours scale before shift."""
+    yield Place("pos_embed", ("pos_embed.pos_embed",))
+    yield from modules("", "", JOINT_ENDS)
+    yield from module("final_layer.adaLN_modulation.1", "norm_out.linear", "halves")
+    for i in range(config["num_layers"]):
+        x, words, ours = f"joint_blocks.{i}.x_block", f"joint_blocks.{i}.context_block", f"transformer_blocks.{i}"
+        last = i == config["num_layers"] - 1
+        yield from module(f"{x}.adaLN_modulation.1", f"{ours}.norm1.linear")
+        yield from module(f"{words}.adaLN_modulation.1", f"{ours}.norm1_context.linear", "halves" if last else "")
+        for theirs, attn in (("attn", "attn"), ("attn2", "attn2")):
+            yield from fused(f"{x}.{theirs}.qkv", [f"{ours}.{attn}.to_{n}" for n in "qkv"])
+            yield from module(f"{x}.{theirs}.proj", f"{ours}.{attn}.to_out.0")
+            yield from modules(f"{x}.{theirs}", f"{ours}.{attn}", {"ln_q": "norm_q", "ln_k": "norm_k"})
+        yield from fused(f"{words}.attn.qkv", [f"{ours}.attn.add_{n}_proj" for n in "qkv"])
+        yield from module(f"{words}.attn.proj", f"{ours}.attn.to_add_out")
+        yield from modules(f"{words}.attn", f"{ours}.attn", {"ln_q": "norm_added_q", "ln_k": "norm_added_k"})
+        for theirs, ff in ((x, "ff"), (words, "ff_context")):
+            yield from modules(f"{theirs}.mlp", f"{ours}.{ff}", {"fc1": "net.0.proj", "fc2": "net.2"})
+
+
+FLUX_ENDS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+    **{
+        f"{a}.{c}_layer": f"time_text_embed.{b}_embedder.linear_{d}"
+        for a, b in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance"))
+        for c, d in (("in", 1), ("out", 2))
+    },
+}
+
+
+def flux(config: Json) -> Iterator[Place]:
+    """FLUX's transformer; its last norm has shift before scale, ours scale before shift."""
+    yield from modules("", "", FLUX_ENDS)
+    yield from module("final_layer.adaLN_modulation.1", "norm_out.linear", "halves")
+    for i in range(config["num_layers"]):
+        theirs, ours = f"double_blocks.{i}", f"transformer_blocks.{i}"
+        for side, norm, ff, names, out, q, k in (
+            ("img", "norm1", "ff", "to_{}", "to_out.0", "norm_q", "norm_k"),
+            ("txt", "norm1_context", "ff_context", "add_{}_proj", "to_add_out", "norm_added_q", "norm_added_k"),
+        ):
+            yield from module(f"{theirs}.{side}_mod.lin", f"{ours}.{norm}.linear")
+            yield from fused(f"{theirs}.{side}_attn.qkv", [f"{ours}.attn.{names.format(n)}" for n in "qkv"])
+            yield from module(f"{theirs}.{side}_attn.proj", f"{ours}.attn.{out}")
+            yield Place(f"{theirs}.{side}_attn.norm.query_norm.scale", (f"{ours}.attn.{q}.weight",))
+            yield Place(f"{theirs}.{side}_attn.norm.key_norm.scale", (f"{ours}.attn.{k}.weight",))
+            yield from modules(f"{theirs}.{side}_mlp", f"{ours}.{ff}", {"0": "net.0.proj", "2": "net.2"})
+    for i in range(config["num_single_layers"]):
+        theirs, ours = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        yield from module(f"{theirs}.modulation.lin", f"{ours}.norm.linear")
+        parts = [*(f"{ours}.attn.to_{n}" for n in "qkv"), f"{ours}.proj_mlp"]
+        yield from fused(f"{theirs}.linear1", parts, (1, 1, 1, 4))
+        yield from module(f"{theirs}.linear2", f"{ours}.proj_out")
+        yield Place(f"{theirs}.norm.query_norm.scale", (f"{ours}.attn.norm_q.weight",))
+        yield Place(f"{theirs}.norm.key_norm.scale", (f"{ours}.attn.norm_k.weight",))

@@ -33,6 +33,7 @@ _IGNORED = re.compile(
     r"model_ema\..*|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|scale_factor|loss\..*"
     r"|denoiser\..*|v_pred|ztsnr|.*\.position_ids|.*\.logit_scale|.*\.attn_mask|.*\.visual\..*|lvlb_weights"
     r"|cond_stage_model\.model\.text_projection|first_stage_model\.loss\..*|edm_.*"
+    r"|.*\.encoder\.embed_tokens\.weight"
 )
 
 
@@ -44,6 +45,7 @@ class Part:
     prefix: str
     table: Table
     describe: Callable[[Shapes], dict[str, Any]]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Layout:
     Args:
         sign: a name that such files have and others do not; of several layouts that fit, the first counts.
         index: the whole model's configuration, for the folder.
+        latents: scale and shift of the autoencoder's latents.
     """
 
     family: str
@@ -60,6 +63,7 @@ class Layout:
     parts: tuple[Part, ...]
     index: Json
     scheduler: Json
+    latents: Json
 
 
 def single_file_layout(names: Mapping[str, Any] | set[str]) -> Layout | None:
@@ -91,6 +95,8 @@ def read_single_file(path: Path) -> Published:
     tensors: dict[str, dict[str, Tensor]] = {}
     used: set[str] = set()
     for part in layout.parts:
+        if part.component not in configs and part.optional:
+            continue
         if part.component not in configs:
             raise BadCheckpoint(f"{path}: its metadata say nothing of its {part.component}")
         try:
@@ -121,6 +127,8 @@ def write_single_file(model: Published, path: Path, layout: Layout) -> None:
         raise BadCheckpoint(f"{path} exists already; name a file that does not")
     tensors: dict[str, Tensor] = {}
     for part in layout.parts:
+        if part.component not in model.tensors and part.optional:
+            continue
         if part.component not in model.tensors:
             raise BadCheckpoint(f"{model.path}: has no {part.component}, which a single file of {layout.family} needs")
         try:
@@ -158,21 +166,26 @@ def _described(path: Path, layout: Layout, shapes: Shapes) -> dict[str, Any]:
     configs: dict[str, Any] = {"": dict(layout.index)}
     for part in layout.parts:
         own = {k.removeprefix(part.prefix): s for k, s in shapes.items() if k.startswith(part.prefix)}
+        if not own and part.optional:
+            configs[""].pop(part.component, None)
+            continue
         if not own:
             raise BadCheckpoint(f"{path}: a {layout.family} file, but without its {part.component} ({part.prefix}*)")
         try:
             configs[part.component] = part.describe(own)
         except (KeyError, IndexError, ValueError, ZeroDivisionError) as e:
             raise BadCheckpoint(f"{path}: its {part.component} is not whole: {e} is missing or misshaped") from None
-    if layout.family.startswith("sdxl"):
+    configs["vae"] |= layout.latents
+    if layout.family == "sdxl":
         u, text = configs["unet"], configs["text_encoder_2"]
         u["addition_time_embed_dim"] = (u["projection_class_embeddings_input_dim"] - text["projection_dim"]) // 6
-        configs["vae"]["scaling_factor"] = 0.13025
     return configs
 
 
 def _scheduler(layout: Layout, shapes: Shapes, metadata: Mapping[str, str], why: dict[str, str]) -> dict[str, Any]:
     scheduler = dict(layout.scheduler)
+    if any(name.endswith("guidance_in.in_layer.weight") for name in shapes):  # FLUX dev
+        scheduler |= {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
     stated = metadata.get("modelspec.prediction_type", "").lower()
     if "v_pred" in shapes:
         scheduler["prediction_type"], why["prediction"] = "v_prediction", "v: the file holds the mark v_pred"
@@ -257,7 +270,7 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
 
 
 def describe_autoencoder(s: Shapes) -> dict[str, Any]:
-    """Latent diffusion's KL autoencoder; its scale is that of SD 1 and 2."""
+    """Latent diffusion's KL autoencoder, but for the scale of its latents."""
     n = _count(s, r"encoder\.down\.(\d+)\.")
     widths = [s[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(n)]
     return {
@@ -273,7 +286,6 @@ def describe_autoencoder(s: Shapes) -> dict[str, Any]:
         "use_quant_conv": "quant_conv.weight" in s,
         "use_post_quant_conv": "post_quant_conv.weight" in s,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in s,
-        "scaling_factor": 0.18215,
         "sample_size": 512,
     }
 
@@ -327,8 +339,74 @@ def describe_open_clip(s: Shapes, skipped: int = 0, projected: bool = True) -> d
     }
 
 
+def _describe_clip_g(s: Shapes) -> dict[str, Any]:
+    return {**describe_clip(s), "hidden_act": "gelu"}
+
+
 def _describe_sd2_text(s: Shapes) -> dict[str, Any]:
     return describe_open_clip(s, skipped=1, projected=False)
+
+
+def describe_t5(s: Shapes) -> dict[str, Any]:
+    """T5's encoder."""
+    vocabulary, dim = s["shared.weight"]
+    heads = s["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
+    gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in s
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "vocab_size": vocabulary,
+        "d_model": dim,
+        "d_kv": s["encoder.block.0.layer.0.SelfAttention.q.weight"][0] // heads,
+        "d_ff": s["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1],
+        "num_layers": _count(s, r"encoder\.block\.(\d+)\."),
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+    }
+
+
+def describe_mmdit(s: Shapes) -> dict[str, Any]:
+    """Stable Diffusion 3's transformer; heads are of 64 where no norm of theirs tells."""
+    dim, channels, patch, _ = s["x_embedder.proj.weight"]
+    layers = _count(s, r"joint_blocks\.(\d+)\.")
+    normalized = "joint_blocks.0.x_block.attn.ln_q.weight" in s
+    head_dim = s["joint_blocks.0.x_block.attn.ln_q.weight"][0] if normalized else 64
+    return {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": s["final_layer.linear.weight"][0] // patch**2,
+        "num_layers": layers,
+        "attention_head_dim": head_dim,
+        "num_attention_heads": dim // head_dim,
+        "joint_attention_dim": s["context_embedder.weight"][1],
+        "caption_projection_dim": dim,
+        "pooled_projection_dim": s["y_embedder.mlp.0.weight"][1],
+        "pos_embed_max_size": math.isqrt(s["pos_embed"][1]),
+        "dual_attention_layers": [i for i in range(layers) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in s],
+        "qk_norm": "rms_norm" if normalized else None,
+    }
+
+
+def describe_flux(s: Shapes) -> dict[str, Any]:
+    """FLUX's transformer; a head's numbers go to the positions in the published proportion."""
+    dim, channels = s["img_in.weight"]
+    head_dim = s["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": s["final_layer.linear.weight"][0],
+        "num_layers": _count(s, r"double_blocks\.(\d+)\."),
+        "num_single_layers": _count(s, r"single_blocks\.(\d+)\."),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": dim // head_dim,
+        "joint_attention_dim": s["txt_in.weight"][1],
+        "pooled_projection_dim": s["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in s,
+        "axes_dims_rope": [head_dim // 8, head_dim // 16 * 7, head_dim // 16 * 7],
+    }
 
 
 def _index(name: str, components: Mapping[str, str], **more: Any) -> dict[str, Any]:
@@ -389,6 +467,7 @@ LAYOUTS: tuple[Layout, ...] = (
             force_zeros_for_empty_prompt=True,
         ),
         {**_DISCRETE, "_class_name": "EulerDiscreteScheduler"},
+        {"scaling_factor": 0.13025},
     ),
     Layout(
         "sd2",
@@ -396,6 +475,7 @@ LAYOUTS: tuple[Layout, ...] = (
         (_UNET, _VAE, Part("text_encoder", "cond_stage_model.model.", keymaps.open_clip, _describe_sd2_text)),
         _SD_INDEX,
         _DISCRETE,
+        {"scaling_factor": 0.18215},
     ),
     Layout(
         "sd1",
@@ -403,5 +483,59 @@ LAYOUTS: tuple[Layout, ...] = (
         (_UNET, _VAE, Part("text_encoder", "cond_stage_model.transformer.", keymaps.clip, describe_clip)),
         _SD_INDEX,
         _DISCRETE,
+        {"scaling_factor": 0.18215},
+    ),
+    Layout(
+        "sd3",
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+        (
+            Part("transformer", "model.diffusion_model.", keymaps.mmdit, describe_mmdit),
+            _VAE,
+            Part("text_encoder", "text_encoders.clip_l.transformer.", keymaps.clip, describe_clip),
+            Part("text_encoder_2", "text_encoders.clip_g.transformer.", keymaps.clip, _describe_clip_g),
+            Part("text_encoder_3", "text_encoders.t5xxl.transformer.", keymaps.t5, describe_t5, optional=True),
+        ),
+        _index(
+            "StableDiffusion3Pipeline",
+            {
+                "transformer": "SD3Transformer2DModel",
+                "vae": "AutoencoderKL",
+                "text_encoder": "CLIPTextModelWithProjection",
+                "text_encoder_2": "CLIPTextModelWithProjection",
+                "text_encoder_3": "T5EncoderModel",
+                "tokenizer": "CLIPTokenizer",
+                "tokenizer_2": "CLIPTokenizer",
+                "scheduler": "FlowMatchEulerDiscreteScheduler",
+            },
+        ),
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+        {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    ),
+    *(
+        Layout(
+            "flux",
+            f"{prefix}double_blocks.0.img_attn.qkv.weight",
+            (
+                Part("transformer", prefix, keymaps.flux, describe_flux),
+                Part("vae", "vae.", keymaps.autoencoder, describe_autoencoder),
+                Part("text_encoder", "text_encoders.clip_l.transformer.", keymaps.clip, describe_clip),
+                Part("text_encoder_2", "text_encoders.t5xxl.transformer.", keymaps.t5, describe_t5),
+            ),
+            _index(
+                "FluxPipeline",
+                {
+                    "transformer": "FluxTransformer2DModel",
+                    "vae": "AutoencoderKL",
+                    "text_encoder": "CLIPTextModel",
+                    "text_encoder_2": "T5EncoderModel",
+                    "tokenizer": "CLIPTokenizer",
+                    "tokenizer_2": "T5TokenizerFast",
+                    "scheduler": "FlowMatchEulerDiscreteScheduler",
+                },
+            ),
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
+            {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        )
+        for prefix in ("model.diffusion_model.", "")
     ),
 )

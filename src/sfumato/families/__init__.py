@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from sfumato.families.model import Model
 
 DEFAULT_MODEL = "emoji-32"
-PUBLISHED = ("sd1", "sd2", "sdxl")  # recipes, each of which recognizes its own
+PUBLISHED = ("sd1", "sd2", "sdxl", "sd3", "flux", "dit")  # recipes, each of which recognizes its own
 
 
 def embedded_models() -> dict[str, Path]:
@@ -67,14 +68,19 @@ def load(name: str | Path | None = None) -> Model:
     return _build(read_single_file(path), display)
 
 
-def _build(published: Published, name: str) -> Model:
-    """Find the family by the configurations, which come from the folder or from the tensors' names and shapes."""
-    from dataclasses import replace
+def recognize(published: Published) -> tuple[str, str]:
+    """The family of a published model and the reason, found by its configurations; BadCheckpoint if there is none.
 
+    Those come from the folder's files, or from the names and shapes of a single file's tensors; never from its name.
+    """
     for family in PUBLISHED:
-        recipe = import_module(f"sfumato.families.{family}")
-        if (reason := recipe.recognize(published.configs)) is not None:
-            why = {"family": f"{family}: {reason}", **published.why}
-            return recipe.load(replace(published, why=why), name)
-    parts = ", ".join(c for c in published.tensors) or "nothing"
+        if (reason := import_module(f"sfumato.families.{family}").recognize(published.configs)) is not None:
+            return family, reason
+    parts = ", ".join(published.tensors) or "nothing"
     raise BadCheckpoint(f"{published.path}: no known family has these parts: {parts}")
+
+
+def _build(published: Published, name: str) -> Model:
+    family, reason = recognize(published)
+    why = {"family": f"{family}: {reason}", **published.why}
+    return import_module(f"sfumato.families.{family}").load(replace(published, why=why), name)

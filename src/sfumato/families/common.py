@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,11 +16,12 @@ from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
 from sfumato.diffusion.schedules import Discrete, from_betas, linear, scaled_linear
 from sfumato.errors import BadCheckpoint
-from sfumato.families.configs import autoencoder_config, clip_config, tiny_autoencoder_config
+from sfumato.families.configs import autoencoder_config, clip_config, t5_config, tiny_autoencoder_config
 from sfumato.networks.autoencoder import Autoencoder, TinyAutoencoder
 from sfumato.text.clip import CLIPText
-from sfumato.text.prompt import grid, weigh
-from sfumato.text.tokenizer import Words, clip_words
+from sfumato.text.prompt import chunks, grid, weigh
+from sfumato.text.t5 import T5Encoder
+from sfumato.text.tokenizer import Words, clip_words, t5_words
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,12 +92,47 @@ def tower(model: Published, component: str, tokenizer: str, projected: bool, pad
         words = clip_words(model.tokenizers.get(tokenizer, {}), config.positions, pad)
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{model.path}: {tokenizer}: {e}") from None
-    if words.tokenizer.get_vocab_size() > config.vocabulary:
-        raise BadCheckpoint(
-            f"{model.path}: the tokenizer has {words.tokenizer.get_vocab_size()} pieces, but the {component} knows "
-            f"{config.vocabulary}"
-        )
+    _check_vocabulary(model, component, words, config.vocabulary)
     return Tower(build(model, component, CLIPText, config), words)
+
+
+@dataclass(frozen=True)
+class LongTower:
+    """T5's encoder with the words it reads: one row for each prompt, the rest is dropped."""
+
+    network: T5Encoder
+    words: Words
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """States (B, M, D) of the prompts, padding among them, as the published models were trained."""
+        first = [chunks(prompt.replace("BREAK", " "), self.words)[0] for prompt in prompts]
+        device = self.network.shared.weight.device
+        states = self.network(torch.tensor([c.ids for c in first], device=device))
+        return weigh(states, torch.tensor([c.weights for c in first], device=device))
+
+
+def t5(model: Published, component: str, tokenizer: str, length: int) -> LongTower | None:
+    """Build T5's encoder and its tokenizer; None if the model has not both."""
+    if component not in model.tensors or not model.tokenizers.get(tokenizer):
+        return None
+    try:
+        words = t5_words(model.tokenizers[tokenizer], length)
+    except BadCheckpoint as e:
+        raise BadCheckpoint(f"{model.path}: {tokenizer}: {e}") from None
+    config = t5_config(model.configs[component])
+    _check_vocabulary(model, component, words, config.vocabulary)
+    return LongTower(build(model, component, T5Encoder, config), words)
+
+
+def _check_vocabulary(model: Published, component: str, words: Words, known: int) -> None:
+    pieces = words.tokenizer.get_vocab_size()
+    if pieces > known:
+        raise BadCheckpoint(f"{model.path}: the tokenizer has {pieces} pieces, but the {component} knows {known}")
+
+
+def flow(clock: float) -> Parameterization:
+    """The row of the straight path, with σ times a factor as the network's clock."""
+    return replace(PARAMETERIZATIONS["flow"], clock=lambda level: clock * level.t)
 
 
 def schedule(config: Json) -> Discrete:
@@ -174,7 +210,7 @@ def usual_spacing(config: Json) -> str:
 
 def spacing_settings(config: Json) -> Mapping[str, Mapping[str, float]]:
     """The settings of spacings that a scheduler's configuration states."""
-    return {"leading": {"offset": float(config.get("steps_offset", 1))}}
+    return {"leading": {"offset": float(config.get("steps_offset", 0))}}
 
 
 def few_steps(config: Json) -> bool:

@@ -16,6 +16,7 @@ from sfumato.checkpoints.folder import read_folder, write_folder
 from sfumato.checkpoints.published import Published
 from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file
 from sfumato.errors import BadCheckpoint
+from sfumato.families import recognize
 from sfumato.text.tokenizer import END, START, clip_vocabulary, packaged_merges
 
 
@@ -34,14 +35,11 @@ def convert(source: Path, target: Path, variant: str | None = None) -> Path:
 
 def layout_of(model: Published) -> Layout:
     """The layout of single files that a folder's parts fit into; BadCheckpoint if there is none."""
-    parts = set(model.tensors)
-    linear = model.configs.get("unet", {}).get("use_linear_projection", False)
+    family, _ = recognize(model)
     for layout in LAYOUTS:
-        if {p.component for p in layout.parts} == parts and (layout.family != "sd1" or not linear):
-            if layout.family == "sd2" and not linear:
-                continue
+        if layout.family == family:
             return layout
-    raise BadCheckpoint(f"{model.path}: there is no single-file form for a model of {', '.join(sorted(parts))}")
+    raise BadCheckpoint(f"{model.path}: there is no single-file form for a model of the family {family}")
 
 
 def _with_tokenizers(model: Published) -> Published:
@@ -49,7 +47,8 @@ def _with_tokenizers(model: Published) -> Published:
     tokenizers = {k: dict(v) for k, v in model.tokenizers.items()}
     for component in model.tensors:
         name = component.replace("text_encoder", "tokenizer")
-        if not component.startswith("text_encoder") or tokenizers.get(name):
+        is_clip = "embeddings.token_embedding.weight" in model.tensors[component]
+        if not is_clip or tokenizers.get(name):
             continue
         merges = [(a, b) for a, b in (line.split(" ") for line in packaged_merges().splitlines())]
         pad = "!" if model.configs[component].get("hidden_act") == "gelu" else END  # as each was trained

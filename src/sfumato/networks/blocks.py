@@ -147,6 +147,15 @@ class ProjectedFeedForward(nn.Module):
         return self.net["2"](self.net["0"](x))
 
 
+def of_vectors(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a linear layer to vectors (B, D), to a single one as if it were two.
+
+    The product of a matrix with one vector rounds differently by where the matrix lies in memory, and the same
+    weights lie elsewhere in another file.
+    """
+    return layer(x) if len(x) > 1 else layer(x.expand(2, -1))[:1]
+
+
 class Perceptron(nn.Module):
     """linear → SiLU → linear: (B, dim) → (B, out)."""
 
@@ -159,8 +168,8 @@ class Perceptron(nn.Module):
         """Embed x, to which a projected condition (B, condition) may be added before."""
         x = x.to(self.linear_1.weight.dtype)
         if self.cond_proj is not None and condition is not None:
-            x = x + self.cond_proj(condition.to(x.dtype))
-        return self.linear_2(F.silu(self.linear_1(x)))
+            x = x + of_vectors(self.cond_proj, condition.to(x.dtype))
+        return of_vectors(self.linear_2, F.silu(of_vectors(self.linear_1, x)))
 
 
 class ConvBlock(nn.Module):
@@ -182,7 +191,7 @@ class ConvBlock(nn.Module):
         """Apply to x; the embedding comes through its SiLU already."""
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time_emb_proj is not None and embedding is not None:
-            h = h + self.time_emb_proj(embedding)[..., None, None]
+            h = h + of_vectors(self.time_emb_proj, embedding)[..., None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.blocks import CrossAttention, Perceptron, ProjectedFeedForward, sinusoids
+from sfumato.networks.blocks import CrossAttention, Perceptron, ProjectedFeedForward, of_vectors, sinusoids
 from sfumato.networks.modulated import Modulation, modulated, unpatch
 
 
@@ -141,5 +141,5 @@ class DiT(nn.Module):
         for block in self.transformer_blocks:
             y = block(y, clock, classes)
         embedding = F.silu(self.transformer_blocks[0].norm1.emb(clock, classes))
-        shift, scale = self.proj_out_1(embedding)[:, None].chunk(2, dim=-1)
+        shift, scale = of_vectors(self.proj_out_1, embedding)[:, None].chunk(2, dim=-1)
         return unpatch(self.proj_out_2(modulated(y, shift, scale)), c.patch, h, w)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.blocks import Perceptron, ProjectedFeedForward, RMSNorm, sinusoids
+from sfumato.networks.blocks import Perceptron, ProjectedFeedForward, RMSNorm, of_vectors, sinusoids
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (N, D/heads)
 
@@ -28,7 +28,7 @@ class Modulation(nn.Module):
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
         """The embedding comes through its SiLU already."""
-        return self.linear(embedding)[:, None].chunk(self.n, dim=-1)
+        return of_vectors(self.linear, embedding)[:, None].chunk(self.n, dim=-1)
 
 
 class FinalNorm(Modulation):

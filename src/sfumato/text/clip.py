@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.blocks import attend
+from sfumato.networks.blocks import attend, of_vectors
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -152,4 +152,6 @@ class CLIPText(nn.Module):
         last = self.final_layer_norm(x)
         end = ids if self.config.end is None else (ids == self.config.end).int()
         pooled = last[torch.arange(len(ids), device=ids.device), end.argmax(dim=-1)]  # the first of several ends
-        return TextStates(states, last, pooled if self.text_projection is None else self.text_projection(pooled))
+        if self.text_projection is not None:
+            pooled = of_vectors(self.text_projection, pooled)
+        return TextStates(states, last, pooled)

@@ -1,0 +1,85 @@
+"""FLUX.1 dev and schnell: a flow under T5's states and CLIP L's pooled vector; dev is told the guidance scale.
+
+| model   | schedule | row  | clock given to the network  | spacing                                        |
+|---------|----------|------|-----------------------------|------------------------------------------------|
+| dev     | flow     | flow | σ (the network multiplies)  | shift(e^μ), μ rising with the number of cells  |
+| schnell | flow     | flow | same                        | shift(1), 4 steps                              |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor, tensor
+
+from sfumato.checkpoints.published import Json, Published
+from sfumato.diffusion.schedules import Flow
+from sfumato.errors import BadCheckpoint
+from sfumato.families import common
+from sfumato.families.configs import flux_config
+from sfumato.families.model import Defaults, Model
+from sfumato.networks.flux import Flux
+
+FAMILY = "flux"
+
+
+def recognize(configs: Mapping[str, Json]) -> str | None:
+    """Say why these configurations are of this family, or None."""
+    if "num_single_layers" in configs.get("transformer", {}):
+        return "a transformer of joint and single blocks"
+    return None
+
+
+def load(model: Published, name: str) -> Model:
+    """Build the model; BadCheckpoint where its parts do not fit."""
+    scheduler = model.configs.get("scheduler", {})
+    config = flux_config(model.configs["transformer"])
+    network = common.build(model, "transformer", Flux, config)
+    tower = common.tower(model, "text_encoder", "tokenizer", projected=False)
+    t5 = common.t5(model, "text_encoder_2", "tokenizer_2", 512 if config.guided else 256)
+    if t5 is None:
+        raise BadCheckpoint(f"{model.path}: has no T5 encoder with its tokenizer.json, whose states FLUX needs")
+    vae = common.autoencoder(model)
+    common.check_latents(model, config.in_channels // 4, vae)
+    unit = 2 * vae.config.factor
+
+    def encode(prompts: list[str]) -> dict[str, Tensor]:
+        _, pooled = tower.states(*tower.ids(prompts), skip=None)
+        return {"context": t5.encode(prompts), "pooled": pooled}
+
+    def situate(width: int, height: int, guidance: float) -> dict[str, Tensor]:
+        return {"guidance": tensor([guidance])} if config.guided else {}
+
+    def spacings(width: int, height: int) -> dict[str, dict[str, float]]:
+        return {"shift": {"s": shift_of(scheduler, (width // unit) * (height // unit))}}
+
+    return Model(
+        name=name,
+        family=FAMILY,
+        path=model.path,
+        hash=model.fingerprint(),
+        network=network,
+        encode=encode,
+        decode=common.decoder(vae),
+        schedule=Flow(),
+        parameterization=common.flow(1.0),
+        channels=config.in_channels // 4,
+        factor=vae.config.factor,
+        multiple=unit,
+        max_pixels=1 << 22,
+        situate=situate,
+        spacings=spacings,
+        distilled=config.guided,
+        defaults=Defaults("flow-euler", "shift", *((28, 3.5) if config.guided else (4, 1.0)), 1024, 1024),
+        card=common.card(model, "flow: this family's only one"),
+    )
+
+
+def shift_of(scheduler: Json, cells: int) -> float:
+    """The shift of the times towards noise; μ is linear in the number of cells where the scheduler says so."""
+    if not scheduler.get("use_dynamic_shifting", False):
+        return float(scheduler.get("shift", 1.0))
+    low, high = float(scheduler.get("base_image_seq_len", 256)), float(scheduler.get("max_image_seq_len", 4096))
+    start, end = float(scheduler.get("base_shift", 0.5)), float(scheduler.get("max_shift", 1.15))
+    return math.exp(start + (end - start) * (cells - low) / (high - low))

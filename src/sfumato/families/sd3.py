@@ -1,0 +1,76 @@
+"""Stable Diffusion 3 and 3.5 (2403.03206): a flow under two CLIP towers and, if it is there, T5.
+
+| schedule        | row  | clock given to the network | spacing  |
+|-----------------|------|----------------------------|----------|
+| flow, α = 1 − σ | flow | 1000·σ                     | shift(3) |
+
+The context is both towers' states before their last layers, side by side and filled up with zeros to T5's width, then
+T5's 256 states, or zeros in their place; the pooled vector is both towers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfumato.checkpoints.published import Json, Published
+from sfumato.diffusion.schedules import Flow
+from sfumato.families import common
+from sfumato.families.configs import mmdit_config
+from sfumato.families.model import Defaults, Model
+from sfumato.networks.mmdit import MMDiT
+
+FAMILY = "sd3"
+T5_LENGTH = 256
+
+
+def recognize(configs: Mapping[str, Json]) -> str | None:
+    """Say why these configurations are of this family, or None."""
+    if "pos_embed_max_size" in configs.get("transformer", {}) and "text_encoder_2" in configs:
+        return "a transformer over cells and words with a table of positions, under two CLIP towers"
+    return None
+
+
+def load(model: Published, name: str) -> Model:
+    """Build the model; BadCheckpoint where its parts do not fit."""
+    scheduler = model.configs.get("scheduler", {})
+    config = mmdit_config(model.configs["transformer"])
+    network = common.build(model, "transformer", MMDiT, config)
+    first = common.tower(model, "text_encoder", "tokenizer", projected=True)
+    second = common.tower(model, "text_encoder_2", "tokenizer_2", projected=True, pad=0)
+    t5 = common.t5(model, "text_encoder_3", "tokenizer_3", T5_LENGTH)
+    vae = common.autoencoder(model)
+    common.check_latents(model, config.in_channels, vae)
+    shift = float(scheduler.get("shift", 3.0))
+
+    def encode(prompts: list[str]) -> dict[str, Tensor]:
+        ids = common.same_rows(prompts, first, second)
+        (a, pooled_a), (b, pooled_b) = first.states(*ids[0], skip=1), second.states(*ids[1], skip=1)
+        clip = torch.cat([a, b], dim=-1)
+        clip = F.pad(clip, (0, config.context_dim - clip.shape[-1]))
+        long = clip.new_zeros(len(prompts), T5_LENGTH, config.context_dim) if t5 is None else t5.encode(prompts)
+        return {"context": torch.cat([clip, long], dim=1), "pooled": torch.cat([pooled_a, pooled_b], dim=-1)}
+
+    side = common.side(model.configs["transformer"], vae, 1024)
+    multiple = vae.config.factor * config.patch
+    return Model(
+        name=name,
+        family=FAMILY,
+        path=model.path,
+        hash=model.fingerprint(),
+        network=network,
+        encode=encode,
+        decode=common.decoder(vae),
+        schedule=Flow(),
+        parameterization=common.flow(1000.0),
+        channels=config.in_channels,
+        factor=vae.config.factor,
+        multiple=multiple,
+        max_pixels=(config.positions * multiple) ** 2,
+        spacings=lambda width, height: {"shift": {"s": shift}},
+        defaults=Defaults("flow-euler", "shift", 28, 5.0, side, side),
+        card=common.card(model, "flow: this family's only one", T5="used" if t5 else "left out"),
+    )
