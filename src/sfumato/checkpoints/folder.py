@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_SHARD = re.compile(r"-?\d{5}-of-\d{5}")
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
@@ -109,7 +110,7 @@ def _variants(folder: Path) -> list[str]:
     """The variant of files that exist in one variant only; BadCheckpoint if there are several to choose from."""
     pattern = r"(?:diffusion_pytorch_model|model)(?:\.({v})\.safetensors|\.safetensors\.index\.({v})\.json)"
     names = re.compile(pattern.format(v=_VARIANT.pattern))
-    found = {m[1] or m[2] for p in folder.iterdir() if (m := names.fullmatch(p.name))}
+    found = {_SHARD.sub("", m[1] or m[2]) for p in folder.iterdir() if (m := names.fullmatch(p.name))} - {""}
     stems = ("diffusion_pytorch_model", "model")
     if len(found) > 1 and not any((folder / f"{stem}.safetensors").is_file() for stem in stems):
         raise BadCheckpoint(f"{folder}: has the variants {', '.join(sorted(found))}; say which one to take")

@@ -83,4 +83,8 @@ def recognize(published: Published) -> tuple[str, str]:
 def _build(published: Published, name: str) -> Model:
     family, reason = recognize(published)
     why = {"family": f"{family}: {reason}", **published.why}
-    return import_module(f"sfumato.families.{family}").load(replace(published, why=why), name)
+    try:
+        return import_module(f"sfumato.families.{family}").load(replace(published, why=why), name)
+    except BadCheckpoint as e:
+        where = f"{published.path}: "
+        raise BadCheckpoint(str(e) if str(e).startswith(where) else f"{where}{e}") from None

@@ -1,0 +1,132 @@
+"""What is no model of a published family is refused in one line that says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from published import make
+from safetensors.torch import load_file, save_file
+
+import sfumato
+from sfumato.checkpoints.single_file import METADATA
+from sfumato.errors import BadCheckpoint
+from sfumato.families.convert import convert, main
+
+Tensors = dict[str, torch.Tensor]
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: Any) -> Path:
+    """A small SD 1 model as a single file."""
+    root = tmp_path_factory.mktemp("sd1")
+    make("sd1", 0, root).save_pretrained(root / "model")
+    return convert(root / "model", root / "model.safetensors")
+
+
+def without(pattern: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {k: t for k, t in tensors.items() if pattern not in k}
+
+
+def plus(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {name: torch.zeros(shape)}
+
+
+FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "a missing tensor": (without("input_blocks.1.0.in_layers.0.bias"), "1 missing: down_blocks.0.resnets.0.norm1.bias"),
+    "a missing convolution": (without("input_blocks.1.0.in_layers.2.weight"), "unet is not whole"),
+    "no autoencoder": (without(VAE), "without its vae"),
+    "an extra tensor": (plus(UNET + "motion.0.weight", 2), "no place in a sd1 model: .*motion.0.weight"),
+    "a misshaped tensor": (plus(UNET + "out.0.bias", 5), "1 misshaped: conv_norm_out.bias"),
+    "a LoRA": (lambda _: {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, "LoRA"),
+    "one network": (lambda _: {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(2)}, "whole folder"),
+    "an autoencoder": (lambda _: {"encoder.down.0.block.0.conv1.weight": torch.zeros(2)}, "autoencoder alone"),
+    "another thing": (lambda _: {"x": torch.zeros(2)}, "no model that this version knows"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_single_files_with_faults_are_refused(fault: str, single: Path, tmp_path: Path) -> None:
+    spoil, reason = FAULTS[fault]
+    path = tmp_path / "model.safetensors"
+    save_file(spoil(load_file(single)), path)
+    with pytest.raises(BadCheckpoint, match=reason) as caught:
+        sfumato.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", ["", "{", "[]", '{"configs": 1}', '{"configs": {"unet": []}, "tokenizers": {}}'])
+def test_damaged_metadata_are_refused(stated: str, single: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(single), path, {METADATA: stated})
+    with pytest.raises(BadCheckpoint, match="metadata"):
+        sfumato.load(path)
+
+
+@pytest.mark.parametrize(
+    ("component", "change", "reason"),
+    [
+        ("unet", {"act_fn": "mish"}, "act_fn 'mish' is not supported"),
+        ("unet", {"block_out_channels": "wide"}, "cannot be followed"),
+        ("unet", {"block_out_channels": [96, 96]}, "misshaped"),
+        ("unet", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
+        ("vae", {"latent_channels": 5}, "vae"),
+        ("text_encoder", {"hidden_act": "tanh"}, "unknown activation"),
+        ("text_encoder", {"vocab_size": 40}, "tokenizer has 49408 pieces"),
+        ("scheduler", {"prediction_type": "noise"}, "prediction type 'noise'"),
+        ("scheduler", {"beta_schedule": "spiral"}, "noise schedule 'spiral'"),
+    ],
+)
+def test_configurations_that_cannot_be_followed_are_refused(
+    component: str, change: dict[str, Any], reason: str, single: Path, tmp_path: Path
+) -> None:
+    folder = convert(single, tmp_path / "model")
+    file = folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(BadCheckpoint, match=reason) as caught:
+        sfumato.load(folder)
+    assert str(caught.value).count(str(folder)) == 1
+
+
+def test_a_model_for_inpainting_is_told_apart(tmp_path: Path) -> None:
+    pipe = make("sd1", 1, tmp_path)
+    pipe.unet = type(pipe.unet)(**{**pipe.unet.config, "in_channels": 9})
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(BadCheckpoint, match="inpainting"):
+        sfumato.load(tmp_path / "model")
+
+
+def test_nan_weights_never_become_a_picture(single: Path, tmp_path: Path) -> None:
+    tensors = load_file(single)
+    tensors[UNET + "out.2.bias"][0] = torch.nan
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    pipe = sfumato.load(path)
+    side = 8 * pipe.model.factor
+    with pytest.raises(BadCheckpoint, match="damaged"):
+        pipe.generate("a fox", steps=2, width=side, height=side, seed=0)
+
+
+def test_the_command_converts_and_leaves_what_exists(single: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main([str(single), str(tmp_path / "model")]) == 0
+    assert str(tmp_path / "model") in capsys.readouterr().out
+    with pytest.raises(BadCheckpoint, match="exists already"):
+        main([str(single), str(tmp_path / "model")])
+    with pytest.raises(BadCheckpoint, match="exists already"):
+        main([str(tmp_path / "model"), str(single)])
+
+
+def test_weights_and_long_prompts_change_the_words(single: Path) -> None:
+    model = sfumato.load(single).model
+    plain, heavy = (model.encode([p])["context"] for p in ("a red fox", "a (red:1.5) fox"))
+    assert plain.shape == heavy.shape == (1, 77, 64)
+    assert not torch.equal(plain, heavy)
+    torch.testing.assert_close(plain, model.encode(["a red fox", "fox " * 100])["context"][:1, :77])
+    assert model.encode(["a fox", "fox " * 100])["context"].shape == (2, 154, 64)
+    assert model.encode(["a red fox BREAK hills"])["context"].shape == (1, 154, 64)
