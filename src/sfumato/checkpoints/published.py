@@ -27,6 +27,7 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
+ADDED_WORDS = "sfumato_words.json"  # learned words: how each is written, and its ids
 
 
 @dataclass(frozen=True)

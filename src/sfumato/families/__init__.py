@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
@@ -43,8 +44,14 @@ def locate(name: str | Path | None) -> Path:
     raise BadRequest(f"no model {str(name)!r}: neither a file nor one of {', '.join(models) or 'none embedded'}{hint}")
 
 
-def load(name: str | Path | None = None) -> Model:
+def load(
+    name: str | Path | None = None, *, loras: Sequence[tuple[Path, float]] = (), words: Mapping[str, Path] | None = None
+) -> Model:
     """Load a model by embedded name or path.
+
+    Args:
+        loras: files of LoRAs to add to a published model, each with its weight.
+        words: words learned by textual inversion, each with its file.
 
     Raises BadRequest if there is no such model, BadCheckpoint if its file cannot be trusted or does not fit.
     """
@@ -53,19 +60,30 @@ def load(name: str | Path | None = None) -> Model:
     if path.is_dir():
         from sfumato.checkpoints.folder import read_folder
 
-        return _build(read_folder(path), display)
+        return _build(_with_additions(read_folder(path), loras, words or {}), display)
 
     from sfumato.checkpoints.tensors import read_header, read_tensors
     from sfumato.families.native import FORMAT, load_native
 
     header = read_header(path)
     if FORMAT in header.metadata:
+        if loras or words:
+            raise BadRequest(f"{display}: LoRAs and learned words are for published models")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return load_native(path, display, read_tensors(path), header.metadata[FORMAT], digest)
 
     from sfumato.checkpoints.single_file import read_single_file
 
-    return _build(read_single_file(path), display)
+    return _build(_with_additions(read_single_file(path), loras, words or {}), display)
+
+
+def _with_additions(published: Published, loras: Sequence[tuple[Path, float]], words: Mapping[str, Path]) -> Published:
+    from sfumato.checkpoints.lora import add_loras, add_words, read_lora
+
+    published = add_loras(published, [(read_lora(path), weight) for path, weight in loras])
+    for word, path in words.items():
+        published = add_words(published, path, word)
+    return published
 
 
 def recognize(published: Published) -> tuple[str, str]:

@@ -93,6 +93,8 @@ def tower(model: Published, component: str, tokenizer: str, projected: bool, pad
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{model.path}: {tokenizer}: {e}") from None
     _check_vocabulary(model, component, words, config.vocabulary)
+    if words.added and config.end is None:  # the end's id is no longer the largest
+        config = replace(config, end=words.end)
     return Tower(build(model, component, CLIPText, config), words)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -13,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from sfumato.errors import BadCheckpoint
 
+ADDED_WORDS = "sfumato_words.json"  # learned words: how each is written, and its ids
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 
 
@@ -24,6 +26,7 @@ class Words:
         start: id before the words, or None.
         end: id after them; ``pad`` fills the rest.
         length: number of ids the encoder takes at once, start and end included.
+        added: words learned later, and the ids that each stands for.
     """
 
     tokenizer: Tokenizer
@@ -31,6 +34,7 @@ class Words:
     end: int
     pad: int
     length: int
+    added: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def room(self) -> int:
@@ -39,7 +43,13 @@ class Words:
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text, without start and end."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not self.added:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        longest_first = sorted(self.added, key=len, reverse=True)
+        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
+            ids += self.added.get(part) or self.tokenizer.encode(part, add_special_tokens=False).ids
+        return ids
 
     def row(self, ids: list[int]) -> list[int]:
         """A whole row for the encoder: at most ``room`` ids between start and end, padded to ``length``."""
@@ -89,17 +99,18 @@ def clip_words(texts: Mapping[str, str], length: int, pad: int | None = None) ->
     ``pad`` is for the packaged one, whose users pad in different ways. Raises BadCheckpoint for texts that cannot be
     read.
     """
-    if not texts:
+    added = _json(texts, ADDED_WORDS)
+    if not texts.keys() - {ADDED_WORDS}:
         tokenizer = packaged_clip()
         end = _id(tokenizer, END)
-        return Words(tokenizer, tokenizer.token_to_id(START), end, end if pad is None else pad, length)
+        return Words(tokenizer, tokenizer.token_to_id(START), end, end if pad is None else pad, length, added)
     tokenizer = _from_texts(texts)
     settings = _json(texts, "special_tokens_map.json") | _json(texts, "tokenizer_config.json")
     start, end, padding = (
         _id(tokenizer, _token(settings.get(f"{name}_token"), default))
         for name, default in (("bos", START), ("eos", END), ("pad", END))
     )
-    return Words(tokenizer, start, end, padding, length)
+    return Words(tokenizer, start, end, padding, length, added)
 
 
 def t5_words(texts: Mapping[str, str], length: int) -> Words:

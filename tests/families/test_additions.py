@@ -1,0 +1,197 @@
+"""LoRA and its kin, and learned words, on small models of published families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from published import make
+from safetensors.torch import save_file
+
+import sfumato
+from sfumato import families
+from sfumato.checkpoints.folder import read_folder
+from sfumato.checkpoints.keymaps import flux, unet
+from sfumato.checkpoints.lora import add_loras, delta, read_lora
+from sfumato.errors import BadCheckpoint
+from sfumato.families.convert import convert
+from sfumato.pipeline.pipeline import Pipeline
+
+Tensors = dict[str, torch.Tensor]
+R = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """A small SD 1 model."""
+    root = tmp_path_factory.mktemp("sd1")
+    make("sd1", 0, root).save_pretrained(root / "model")
+    return root / "model"
+
+
+def generate(model: Any, prompt: str = "a red fox") -> Any:
+    side = 8 * model.factor
+    [picture] = Pipeline(model).generate(prompt, steps=2, seed=1, width=side, height=side)
+    return picture.pixels
+
+
+def lora_of(folder: Path, form: str) -> Tensors:
+    """A LoRA of the U-Net's cross-attention and of the text tower's queries, named as a program writes it."""
+    torch.manual_seed(0)
+    model = read_folder(folder)
+    theirs = {place.ours[0]: place.theirs for place in unet(model.configs["unet"])}
+    named: Tensors = {}
+    for component, pattern in (("unet", "attn2.to_"), ("text_encoder", "q_proj.weight")):
+        for name, tensor in sorted(model.tensors[component].items()):
+            if pattern not in name or not name.endswith(".weight"):
+                continue
+            down, up = torch.randn(R, tensor.shape[1]) / 4, torch.randn(tensor.shape[0], R) / 4
+            own = name.removesuffix(".weight")
+            if form == "peft":
+                dotted = f"unet.{own}" if component == "unet" else f"text_encoder.text_model.{own}"
+                named |= {f"{dotted}.lora_A.weight": down * 0.5, f"{dotted}.lora_B.weight": up}
+                continue
+            if form == "original" and component == "unet":
+                own = theirs[name].removesuffix(".weight")
+            prefix = "lora_unet_" if component == "unet" else "lora_te_text_model_"
+            key = prefix + own.replace(".", "_")
+            named |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(R / 2)}
+    return named
+
+
+def test_all_programs_names_give_the_same_model(folder: Path, tmp_path: Path) -> None:
+    plain = families.load(folder)
+    pictures, hashes = [], set()
+    for form in ("kohya", "original", "peft"):
+        save_file(lora_of(folder, form), tmp_path / f"{form}.safetensors")
+        model = families.load(folder, loras=[(tmp_path / f"{form}.safetensors", 0.8)])
+        pictures.append(generate(model))
+        hashes.add(model.hash)
+        assert f"{form}.safetensors × 0.8" in model.card["additions"]
+    assert np.abs(pictures[0].astype(int) - generate(plain)).max() > 20
+    assert all(np.abs(p.astype(int) - pictures[0]).max() <= 1 for p in pictures)
+    assert plain.hash not in hashes
+
+
+def test_several_with_weights_add_up_and_come_off_without_trace(folder: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{form}.safetensors" for form in ("kohya", "peft")]
+    for path in paths:
+        save_file(lora_of(folder, path.stem), path)
+    model = read_folder(folder)
+    first, second = (read_lora(p) for p in paths)
+    both = add_loras(model, [(first, 0.5), (second, 0.25)])
+    once = add_loras(model, [(first, 0.75)])
+    for name, tensor in both.tensors["unet"].items():
+        torch.testing.assert_close(tensor, once.tensors["unet"][name])
+    changed = [k for k, t in both.tensors["unet"].items() if not torch.equal(t, model.tensors["unet"][k])]
+    assert changed
+    assert all("attn2.to_" in name for name in changed)
+    none = add_loras(model, [(first, 0.0)])
+    for component, tensors in model.tensors.items():
+        assert all(torch.equal(none.tensors[component][k], t) for k, t in tensors.items())
+    assert model.fingerprint() == read_folder(folder).fingerprint()
+
+
+def outputs(kind: str, kernel: int) -> tuple[Tensors, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Parts of a module's change, and what it adds to the layer's output for x, by another way than ΔW."""
+    torch.manual_seed(kernel)
+    o, i = 6, 8
+    x = torch.randn(2, i, 5, 5)
+    pad = kernel // 2
+    if kind == "lora":
+        parts = {"down": torch.randn(R, i, kernel, kernel), "up": torch.randn(o, R, 1, 1), "alpha": torch.tensor(1.5)}
+        return parts, x, 0.5 * F.conv2d(F.conv2d(x, parts["down"], padding=pad), parts["up"]), torch.tensor(pad)
+    if kind == "locon":
+        parts = {
+            "down": torch.randn(R, i, 1, 1), "core": torch.randn(R, R, kernel, kernel), "up": torch.randn(o, R, 1, 1),
+        }  # fmt: skip
+        y = F.conv2d(F.conv2d(F.conv2d(x, parts["down"]), parts["core"], padding=pad), parts["up"])
+        return parts, x, y, torch.tensor(pad)
+    columns = F.unfold(x, kernel, padding=pad)  # (B, i·k·k, 25)
+    if kind == "loha":
+        a, b, c, d = torch.randn(o, R), torch.randn(R, i * kernel**2), torch.randn(o, R), torch.randn(R, i * kernel**2)
+        y = torch.einsum("or,rp,os,sp,bpn->bon", a, b, c, d, columns)
+        parts = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d, "alpha": torch.tensor(float(R))}
+        return parts, x, y.unflatten(-1, (5, 5)), torch.tensor(pad)
+    first, second = torch.randn(2, 4), torch.randn(3, 2, kernel, kernel)
+    cells = columns.unflatten(1, (4, 2, kernel, kernel))
+    y = torch.einsum("ab,cdhw,xbdhwn->xacn", first, second, cells).flatten(1, 2)
+    return {"lokr_w1": first, "lokr_w2": second}, x, y.unflatten(-1, (5, 5)), torch.tensor(pad)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("kind", ["lora", "locon", "loha", "lokr"])
+def test_every_kind_changes_the_output_as_its_paper_says(kind: str, kernel: int) -> None:
+    parts, x, expected, pad = outputs(kind, kernel)
+    change = delta(parts).reshape(6, 8, kernel, kernel)
+    torch.testing.assert_close(F.conv2d(x, change, padding=int(pad)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_one_of_fluxs_fused_layers_changes_all_of_ours(tmp_path: Path) -> None:
+    make("flux", 0, tmp_path).save_pretrained(tmp_path / "model")
+    model = read_folder(tmp_path / "model")
+    dim = model.tensors["transformer"]["x_embedder.weight"].shape[0]
+    down, up = torch.randn(R, dim), torch.randn(7 * dim, R)
+    for name in (
+        "lora_unet_single_blocks_0_linear1.lora_{}.weight",
+        "diffusion_model.single_blocks.0.linear1.lora_{}.weight",
+    ):
+        pair = ("down", "up") if name.startswith("lora") else ("A", "B")
+        save_file(dict(zip(map(name.format, pair), (down, up), strict=True)), tmp_path / "lora.safetensors")
+        changed = add_loras(model, [(read_lora(tmp_path / "lora.safetensors"), 1.0)])
+        [place] = [p for p in flux(model.configs["transformer"]) if p.theirs == "single_blocks.0.linear1.weight"]
+        ours = [changed.tensors["transformer"][n] - model.tensors["transformer"][n] for n in place.ours]
+        torch.testing.assert_close(torch.cat(ours), up @ down, atol=1e-5, rtol=1e-4)
+
+
+FAULTS: dict[str, tuple[Tensors, str]] = {
+    "another family": ({"lora_unet_double_blocks_0_x.lora_up.weight": torch.ones(2, 2)}, "matches nothing"),
+    "no LoRA": ({"conv.weight": torch.ones(2)}, "holds no LoRA"),
+    "half a LoRA": ({"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)}, "conv_in does not fit"),
+    "another width": (
+        {"unet.conv_in.lora_A.weight": torch.ones(2, 9, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(9, 2, 1, 1)},
+        "conv_in does not fit",
+    ),
+    "a part elsewhere": (
+        {f"{m}.lora_{k}.weight": torch.ones(2, 2) for m in ("unet.conv_in", "unet.nowhere") for k in "AB"},
+        "1 of 2 modules",
+    ),
+    "DoRA": ({"unet.conv_in.lora_A.weight": torch.ones(2, 2), "unet.conv_in.dora_scale": torch.ones(1)}, "DoRA"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_fit_is_refused(fault: str, folder: Path, tmp_path: Path) -> None:
+    tensors, reason = FAULTS[fault]
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(BadCheckpoint, match=reason) as caught:
+        families.load(folder, loras=[(path, 1.0)])
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_learned_word_stands_for_its_vectors(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "word.safetensors"
+    torch.manual_seed(1)
+    save_file({"emb_params": torch.randn(2, 64)}, path)
+    plain, model = families.load(folder), families.load(folder, words={"<fox*>": path})
+    assert np.array_equal(generate(model), generate(plain))
+    learned = generate(model, "a red <fox*>, running")
+    assert np.abs(learned.astype(int) - generate(plain, "a red <fox*>, running")).max() > 5
+    save_file({"word": torch.randn(1, 7)}, path)
+    with pytest.raises(BadCheckpoint, match="width 7"):
+        families.load(folder, words={"x": path})
+
+
+def test_loras_are_for_published_models(folder: Path, tmp_path: Path) -> None:
+    file = convert(folder, tmp_path / "model.safetensors")
+    save_file(lora_of(folder, "kohya"), tmp_path / "lora.safetensors")
+    one, other = (families.load(p, loras=[(tmp_path / "lora.safetensors", 1.0)]) for p in (folder, file))
+    assert one.hash == other.hash
+    assert np.array_equal(generate(one), generate(other))
+    assert sfumato.load(folder).model.hash != one.hash
