@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import sys
 import types
@@ -11,7 +12,7 @@ import pytest
 import torch
 from shapes import needs_weights
 
-from sfumato.checkpoints.packaged import PackagedFile, read_arrays
+from sfumato.checkpoints.packaged import PackagedFile, read_arrays, read_torch
 from sfumato.errors import BadCheckpoint, NoResources
 from sfumato.families.pretrained import load_lite0, load_lpips, load_sentence_encoder
 from sfumato.networks.lpips import alexnet
@@ -118,6 +119,19 @@ def test_a_pickle_that_calls_is_refused(capsys: pytest.CaptureFixture[str]) -> N
         read_arrays(pickle.dumps({"a": Evil()}))
     with pytest.raises(BadCheckpoint):
         read_arrays(pickle.dumps(np.arange(3)))
+    assert capsys.readouterr().out == ""
+
+
+def test_torch_files_of_more_than_tensors_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    torch.save({"a": Evil()}, file)
+    for data in (file.getvalue(), pickle.dumps(Evil()), b"", b"PK\x03\x04" + b"0" * 100):
+        with pytest.raises(BadCheckpoint, match="tensors alone"):
+            read_torch(data)
+    file = io.BytesIO()
+    torch.save([torch.zeros(1)], file)
+    with pytest.raises(BadCheckpoint, match="named tensors"):
+        read_torch(file.getvalue())
     assert capsys.readouterr().out == ""
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -103,9 +104,14 @@ def read_torch(data: bytes) -> dict[str, Tensor]:
     import torch
 
     try:
-        return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as e:
-        raise BadCheckpoint(f"no torch file of tensors: {str(e).splitlines()[0]}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickles of another make, which are refused
+            tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as e:  # damaged files make torch raise errors of every type
+        raise BadCheckpoint("no whole torch file that holds tensors alone") from e
+    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+        raise BadCheckpoint("no torch file of named tensors")
+    return tensors
 
 
 def read_arrays(data: bytes) -> Mapping[str, Any]:

@@ -1,0 +1,74 @@
+"""A model's pictures for captions. What is made is kept, so an interrupted evaluation goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato.errors import BadRequest
+from sfumato.evaluation.cache import Cache, content_hash
+from sfumato.pipeline.picture import Picture
+from sfumato.pipeline.pipeline import Pipeline
+from sfumato.pipeline.request import Request
+
+PART = 16  # pictures kept at a time
+
+
+def base_request(
+    pipe: Pipeline,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+) -> Request:
+    """Return the resolved request that every picture shares, but for prompt and seed; raises BadRequest."""
+    request = Request(prompt="any", seed=seed, steps=steps, sampler=sampler, guidance=guidance).resolve(pipe.model)
+    if request.width != request.height:
+        raise BadRequest(f"model {pipe.model.name!r} makes {request.width}x{request.height}; only squares are compared")
+    return request
+
+
+def generate(
+    pipe: Pipeline,
+    request: Request,
+    captions: Sequence[str],
+    cache: Cache,
+    on_pictures: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """Return one picture per caption, uint8 (N, 3, H, W); picture i is that of the request with seed + i.
+
+    ``on_pictures`` is told how many more there are.
+    """
+    assert request.seed is not None
+    shared = {k: v for k, v in request.to_dict().items() if k not in ("prompt", "seed")}
+    parts: list[Tensor] = []
+    for first in range(0, len(captions), PART):
+        words = list(captions[first : first + PART])
+        requests = [replace(request, prompt=w, seed=request.seed + first + i, n=1) for i, w in enumerate(words)]
+        # Batch and threads change pictures by rounding alone.
+        key = content_hash(pipe.model.hash, shared, words, requests[0].seed)
+        parts.append(cache.get_or_make("pictures", key, lambda of=requests: {"pictures": _make(pipe, of)})["pictures"])
+        on_pictures(len(words))
+    return torch.cat(parts)
+
+
+def _make(pipe: Pipeline, requests: Sequence[Request]) -> Tensor:
+    pictures = [event for r in requests for event in pipe.run(r) if isinstance(event, Picture)]
+    return torch.from_numpy(np.stack([p.pixels for p in pictures])).permute(0, 3, 1, 2).contiguous()
+
+
+def fit_size(images: Tensor, size: int) -> Tensor:
+    """Bring uint8 pictures (N, 3, H, W) to size × size as the real ones are, by Lanczos."""
+    if images.shape[-2:] == (size, size):
+        return images
+    fitted = [
+        np.asarray(Image.fromarray(p.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.LANCZOS))
+        for p in images
+    ]
+    return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
