@@ -17,6 +17,7 @@ import sfumato
 from sfumato.checkpoints.folder import read_folder
 from sfumato.checkpoints.single_file import read_single_file
 from sfumato.errors import BadRequest
+from sfumato.families import describe
 from sfumato.families.convert import convert
 from sfumato.pipeline.noise import start
 
@@ -56,6 +57,11 @@ def test_pictures_equal_diffusers_from_folder_and_from_single_file(
     [again] = sfumato.load(file).generate(PROMPT, **request)
     assert np.array_equal(again.pixels, picture.pixels)
     assert again.model_hash == picture.model_hash
+    for path in (folder, file):
+        facts = describe(path)
+        assert facts["family"].startswith(f"{family}: ")
+        assert facts["parameters"] == ours.model.card["parameters"]
+        assert facts["prediction"].startswith(theirs.scheduler.config.prediction_type)
 
     if family == "sd1":  # all of whose configuration is in names and shapes
         bare = tmp_path / "bare.safetensors"

@@ -42,13 +42,14 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and ((path / "model_index.json").is_file() or (path / "config.json").is_file())
 
 
-def read_folder(path: Path, variant: str | None = None) -> Published:
+def read_folder(path: Path, variant: str | None = None, *, weights: bool = True) -> Published:
     """Read a published folder; tensors are mapped, not copied.
 
     Args:
         path: the folder that holds model_index.json.
         variant: which files to take, such as "fp16"; None takes those without a variant or, if there are none, the
             only one there is.
+        weights: False leaves the tensors unread.
 
     Raises BadCheckpoint, naming the file, for what is missing, damaged, or names files elsewhere.
     """
@@ -56,7 +57,7 @@ def read_folder(path: Path, variant: str | None = None) -> Published:
         raise BadCheckpoint(f"variant {variant!r} is no plain name such as fp16")
     configs: dict[str, Json] = {"": read_json(path / "model_index.json")}
     tensors: dict[str, dict[str, Tensor]] = {}
-    size = 0
+    files: list[Path] = []
     for component in NETWORKS:
         entry = configs[""].get(component)
         if isinstance(entry, list) and (not entry or entry[0] is None):  # said to be absent
@@ -67,13 +68,14 @@ def read_folder(path: Path, variant: str | None = None) -> Published:
                 raise BadCheckpoint(f"{path}: its model_index.json names a {component}, but there is no such folder")
             continue
         configs[component] = read_json(folder / "config.json")
-        files = weight_files(folder, variant)
-        size += sum(f.stat().st_size for f in files)
-        tensors[component] = _tidy(component, _merge(files))
+        own = weight_files(folder, variant)
+        files += own
+        if weights:
+            tensors[component] = _tidy(component, _merge(own))
     if (path / "scheduler").is_dir():
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
     tokenizers = {c: read_tokenizer(path / c) for c in TOKENIZERS if (path / c).is_dir()}
-    return Published(path, "folder", configs, tensors, tokenizers, {}, size)
+    return Published(path, "folder", configs, tensors, tokenizers, {}, tuple(files))
 
 
 def read_tokenizer(folder: Path) -> dict[str, str]:

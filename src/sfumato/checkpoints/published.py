@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ class Published:
         tensors: component → name → tensor.
         tokenizers: component → file name → its text; a component without files uses the packaged vocabulary.
         why: what is known, and from what, one line each.
-        size: bytes of all files.
+        files: the files that hold the tensors.
     """
 
     path: Path
@@ -50,7 +49,12 @@ class Published:
     tensors: Mapping[str, Mapping[str, Tensor]]
     tokenizers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     why: Mapping[str, str] = field(default_factory=dict)
-    size: int = 0
+    files: tuple[Path, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that hold the tensors."""
+        return sum(f.stat().st_size for f in self.files)
 
     @property
     def dtypes(self) -> str:
@@ -105,8 +109,3 @@ def read_text(path: Path) -> str:
         raise BadCheckpoint(f"{path}: {e.strerror or e}") from None
     except UnicodeDecodeError:
         raise BadCheckpoint(f"{path}: not a UTF-8 text") from None
-
-
-def memory(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes that tensors take."""
-    return sum(math.prod(t.shape) * t.element_size() for t in tensors.values())

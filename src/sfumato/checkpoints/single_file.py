@@ -24,7 +24,7 @@ from sfumato.errors import BadCheckpoint, NoResources
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA = "sfumato-folder"  # the metadata's key
+METADATA = "published-folder"  # the metadata's key
 Shapes = Mapping[str, tuple[int, ...]]
 Table = Callable[[Json], Iterator[Place]]
 
@@ -71,8 +71,8 @@ def single_file_layout(names: Mapping[str, Any] | set[str]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.sign in names), None)
 
 
-def read_single_file(path: Path) -> Published:
-    """Read a single file; tensors are mapped, not copied.
+def read_single_file(path: Path, *, weights: bool = True) -> Published:
+    """Read a single file; tensors are mapped, not copied, and without ``weights`` only the header is read.
 
     Raises BadCheckpoint for a damaged file, an unknown layout, a part that is missing or a tensor that has no place.
     """
@@ -91,6 +91,8 @@ def read_single_file(path: Path) -> Published:
         configs["scheduler"] = _scheduler(layout, shapes, header.metadata, why)
         why["configuration"] = "read from the shapes; number of heads and groups as published"
 
+    if not weights:
+        return Published(path, "single file", configs, {}, tokenizers, why, (path,))
     raw = read_tensors(path)
     tensors: dict[str, dict[str, Tensor]] = {}
     used: set[str] = set()
@@ -114,7 +116,7 @@ def read_single_file(path: Path) -> Published:
             f"{path}: {len(left)} tensors have no place in a {layout.family} model: {', '.join(left[:5])}"
             f"{', …' if len(left) > 5 else ''}"
         )
-    return Published(path, "single file", configs, tensors, tokenizers, why, header.size)
+    return Published(path, "single file", configs, tensors, tokenizers, why, (path,))
 
 
 def write_single_file(model: Published, path: Path, layout: Layout) -> None:

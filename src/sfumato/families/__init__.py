@@ -58,9 +58,7 @@ def load(
     path = locate(name)
     display = str(name) if name is not None else DEFAULT_MODEL
     if path.is_dir():
-        from sfumato.checkpoints.folder import read_folder
-
-        return _build(_with_additions(read_folder(path), loras, words or {}), display)
+        return _build(_with_additions(_read(path), loras, words or {}), display)
 
     from sfumato.checkpoints.tensors import read_header, read_tensors
     from sfumato.families.native import FORMAT, load_native
@@ -72,9 +70,40 @@ def load(
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return load_native(path, display, read_tensors(path), header.metadata[FORMAT], digest)
 
+    return _build(_with_additions(_read(path), loras, words or {}), display)
+
+
+def describe(path: Path) -> dict[str, str]:
+    """What a published folder or single file is, and why that is known, from its headers alone.
+
+    Raises BadCheckpoint as ``load`` does for what the headers tell.
+    """
+    from sfumato.checkpoints.tensors import read_header
+
+    published = _read(path, weights=False)
+    family, reason = recognize(published)
+    headers = [read_header(file) for file in published.files]
+    numbers = sum(h.parameters for h in headers)
+    stated = published.configs.get("scheduler", {}).get("prediction_type")
+    undecided = {"sd2": "decided by one call of the network", "sd3": "flow", "flux": "flow"}
+    return {
+        "form": published.form,
+        "family": f"{family}: {reason}",
+        **{k: v for k, v in published.why.items() if k != "family"},
+        "prediction": f"{stated}: stated" if stated else undecided.get(family, "epsilon: this family's usual one"),
+        "tensors": str(sum(len(h.tensors) for h in headers)),
+        "parameters": f"{numbers / 1e6:.1f} M",
+        "stored as": ", ".join(sorted({t.dtype for h in headers for t in h.tensors.values()})),
+        "size": f"{published.size / 2**20:.0f} MiB",
+        "memory": f"{4 * numbers / 2**20:.0f} MiB in float32",
+    }
+
+
+def _read(path: Path, *, weights: bool = True) -> Published:
+    from sfumato.checkpoints.folder import read_folder
     from sfumato.checkpoints.single_file import read_single_file
 
-    return _build(_with_additions(read_single_file(path), loras, words or {}), display)
+    return read_folder(path, weights=weights) if path.is_dir() else read_single_file(path, weights=weights)
 
 
 def _with_additions(published: Published, loras: Sequence[tuple[Path, float]], words: Mapping[str, Path]) -> Published:
@@ -94,7 +123,7 @@ def recognize(published: Published) -> tuple[str, str]:
     for family in PUBLISHED:
         if (reason := import_module(f"sfumato.families.{family}").recognize(published.configs)) is not None:
             return family, reason
-    parts = ", ".join(published.tensors) or "nothing"
+    parts = ", ".join(c for c in published.configs if c) or "nothing"
     raise BadCheckpoint(f"{published.path}: no known family has these parts: {parts}")
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sfumato.checkpoints.published import Json, Published
 from sfumato.checkpoints.tensors import load_into
@@ -26,6 +27,18 @@ from sfumato.text.tokenizer import Words, clip_words, t5_words
 M = TypeVar("M", bound=nn.Module)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Lets modules be built without first values, which take seconds and are about to be replaced."""
+
+    FILLS = frozenset({"uniform_", "normal_", "kaiming_uniform_", "xavier_uniform_", "fill_", "zero_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave a tensor as it is when it is to be filled."""
+        if getattr(func, "__name__", "") in self.FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def build(model: Published, component: str, network: Callable[[Any], M], config: Any) -> M:
     """Build a network without memory of its own and give it a component's tensors, in float32.
 
@@ -34,7 +47,7 @@ def build(model: Published, component: str, network: Callable[[Any], M], config:
     if component not in model.tensors:
         raise BadCheckpoint(f"{model.path}: has no {component}")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             module = network(config)
         load_into(module, model.tensors[component])
     except (BadCheckpoint, ValueError, RuntimeError) as e:

@@ -1,0 +1,102 @@
+"""Load time, time of one call of the denoiser, and peak memory beside diffusers, in fresh processes in turn.
+
+    python bench/checkpoints.py FOLDER [--side 512] [--repeats 3] [--threads 1] [--steps 1]
+
+FOLDER holds a Stable Diffusion 1, 2 or XL model; random weights of the true shapes do, since only time is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from statistics import median
+from typing import Any
+
+
+def measure(engine: str, folder: str, side: int, threads: int, steps: int) -> dict[str, float]:
+    """Load and call once, in this process."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if engine == "sfumato":
+        from sfumato import families
+        from sfumato.families import sd1, sd2, sdxl  # noqa: F401 - imported before the clock starts, as theirs are
+    else:
+        import diffusers
+        import transformers  # noqa: F401
+
+        diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline  # noqa: B018 - both are imported lazily
+    begin = time.perf_counter()
+    if engine == "sfumato":
+        model = families.load(folder)
+        network, channels = model.network, model.channels
+    else:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        network, channels = pipe.unet, pipe.vae.config.latent_channels
+    loaded = time.perf_counter() - begin
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x, clock = torch.randn(1, channels, side // 8, side // 8), torch.tensor([500.0])
+    with torch.inference_mode():
+        if engine == "sfumato":
+            words = {**model.encode(["a red fox"]), **model.situate(side, side, 5.0)}
+
+            def call() -> Any:
+                return network(x, clock, **words)
+        else:
+            xl = pipe.unet.config.addition_embed_type == "text_time"
+            out = pipe.encode_prompt(
+                "a red fox", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
+            added = {"text_embeds": out[2], "time_ids": sizes} if xl else None
+
+            def call() -> Any:
+                return network(x, clock, encoder_hidden_states=out[0], added_cond_kwargs=added).sample
+
+        begin = time.perf_counter()
+        call()
+        first = time.perf_counter() - begin
+        times = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "load s": loaded, "first call s": first, "call s": min(times),
+        "loaded MiB": rss / 1024, "peak MiB": peak / 1024,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure both in turn and print the medians."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--child", choices=("sfumato", "diffusers"))
+    a = parser.parse_args()
+    if a.child:
+        print(json.dumps(measure(a.child, a.folder, a.side, a.threads, a.steps)))
+        return
+    results: dict[str, list[dict[str, float]]] = {"sfumato": [], "diffusers": []}
+    options = [f"--{k}={getattr(a, k)}" for k in ("side", "threads", "steps")]
+    for _ in range(a.repeats):
+        for engine, rows in results.items():
+            command = [sys.executable, __file__, a.folder, "--child", engine, *options]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{'':<14}{'sfumato':>12}{'diffusers':>12}   median of {a.repeats}, {a.threads} threads, {a.side}x{a.side}")
+    for key in results["sfumato"][0]:
+        ours, theirs = (median(row[key] for row in rows) for rows in results.values())
+        print(f"{key:<14}{ours:>12.2f}{theirs:>12.2f}")
+
+
+if __name__ == "__main__":
+    main()
