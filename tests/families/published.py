@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import random
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +42,22 @@ from transformers import (
 )
 
 from sfumato.pipeline.noise import start
-from sfumato.text.tokenizer import clip_vocabulary, packaged_merges
+from sfumato.text.tokenizer import clip_vocabulary, packaged_merges, packaged_pairs
 
 
-def clip_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    folder.mkdir(parents=True, exist_ok=True)
-    merges = [tuple(line.split(" ")) for line in packaged_merges().splitlines()]
-    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(merges)))
+@cache
+def _vocabulary() -> Path:
+    """A folder with CLIP's vocabulary, made once."""
+    folder = Path(tempfile.mkdtemp(prefix="clip-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(packaged_pairs())))
     (folder / "merges.txt").write_text("#version: 0.2\n" + packaged_merges())
-    return CLIPTokenizer.from_pretrained(folder, pad_token=pad, model_max_length=77)
+    return folder
+
+
+@cache
+def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(_vocabulary(), pad_token=pad, model_max_length=77)
 
 
 def shaken(module: torch.nn.Module, amount: float = 0.05) -> Any:
@@ -105,14 +116,14 @@ def heads(widths: list[int]) -> list[int]:
     return [w // 64 for w in widths]
 
 
-def make(family: str, seed: int, folder: Path) -> DiffusionPipeline:
+def make(family: str, seed: int) -> DiffusionPipeline:
     """Build a small random pipeline of diffusers for a family."""
     r = random.Random(f"{family} {seed}")
     torch.manual_seed(seed)
     if family == "sd3":
-        return make_sd3(r, folder, with_t5=seed % 2 == 1)
+        return make_sd3(r, with_t5=seed % 2 == 1)
     if family == "flux":
-        return make_flux(r, folder, guided=seed % 2 == 1)
+        return make_flux(r, guided=seed % 2 == 1)
     if family == "dit":
         return make_dit(r)
     if family == "sdxl":
@@ -138,8 +149,8 @@ def make(family: str, seed: int, folder: Path) -> DiffusionPipeline:
             vae=vae(r, scaling_factor=0.13025),
             text_encoder=shaken(CLIPTextModel(text_config(r))),
             text_encoder_2=shaken(CLIPTextModelWithProjection(second)),
-            tokenizer=clip_tokenizer(folder / "words"),
-            tokenizer_2=clip_tokenizer(folder / "words", pad="!"),
+            tokenizer=clip_tokenizer(),
+            tokenizer_2=clip_tokenizer("!"),
             unet=network,
             scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
             force_zeros_for_empty_prompt=True,
@@ -159,10 +170,10 @@ def make(family: str, seed: int, folder: Path) -> DiffusionPipeline:
             )
         )
         meaning = {"prediction_type": "v_prediction" if seed % 2 == 0 else "epsilon"}
-        text, words = text_config(r, hidden_act="gelu"), clip_tokenizer(folder / "words", pad="!")
+        text, words = text_config(r, hidden_act="gelu"), clip_tokenizer("!")
     else:
         network, meaning = unet(r, 64), {}
-        text, words = text_config(r), clip_tokenizer(folder / "words")
+        text, words = text_config(r), clip_tokenizer()
     return StableDiffusionPipeline(
         vae=vae(r),
         text_encoder=shaken(CLIPTextModel(text)),
@@ -194,7 +205,7 @@ def t5_encoder(r: random.Random, dim: int) -> T5EncoderModel:
     return shaken(T5EncoderModel(config))
 
 
-def make_sd3(r: random.Random, folder: Path, with_t5: bool) -> StableDiffusion3Pipeline:
+def make_sd3(r: random.Random, with_t5: bool) -> StableDiffusion3Pipeline:
     heads, layers, context = r.choice([1, 2]), r.choice([1, 2]), r.choice([128, 136])
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -217,14 +228,14 @@ def make_sd3(r: random.Random, folder: Path, with_t5: bool) -> StableDiffusion3P
         text_encoder=shaken(CLIPTextModelWithProjection(text_config(r, projection=16))),
         text_encoder_2=shaken(CLIPTextModelWithProjection(second)),
         text_encoder_3=t5_encoder(r, context) if with_t5 else None,
-        tokenizer=clip_tokenizer(folder / "words"),
-        tokenizer_2=clip_tokenizer(folder / "words", pad="!"),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer("!"),
         tokenizer_3=t5_tokenizer(256) if with_t5 else None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
 
 
-def make_flux(r: random.Random, folder: Path, guided: bool) -> FluxPipeline:
+def make_flux(r: random.Random, guided: bool) -> FluxPipeline:
     heads, head_dim, context = r.choice([1, 2]), 16, r.choice([24, 32])
     transformer = FluxTransformer2DModel(
         in_channels=64,
@@ -243,7 +254,7 @@ def make_flux(r: random.Random, folder: Path, guided: bool) -> FluxPipeline:
                 use_post_quant_conv=False),
         text_encoder=shaken(CLIPTextModel(text_config(r))),
         text_encoder_2=t5_encoder(r, context),
-        tokenizer=clip_tokenizer(folder / "words"),
+        tokenizer=clip_tokenizer(),
         tokenizer_2=t5_tokenizer(512),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guided, shift=3.0 if guided else 1.0),
     )  # fmt: skip

@@ -29,7 +29,7 @@ R = 3
 def folder(tmp_path_factory: Any) -> Path:
     """A small SD 1 model."""
     root = tmp_path_factory.mktemp("sd1")
-    make("sd1", 0, root).save_pretrained(root / "model")
+    make("sd1", 0).save_pretrained(root / "model")
     return root / "model"
 
 
@@ -132,7 +132,7 @@ def test_every_kind_changes_the_output_as_its_paper_says(kind: str, kernel: int)
 
 
 def test_one_of_fluxs_fused_layers_changes_all_of_ours(tmp_path: Path) -> None:
-    make("flux", 0, tmp_path).save_pretrained(tmp_path / "model")
+    make("flux", 0).save_pretrained(tmp_path / "model")
     model = read_folder(tmp_path / "model")
     dim = model.tensors["transformer"]["x_embedder.weight"].shape[0]
     down, up = torch.randn(R, dim), torch.randn(7 * dim, R)

@@ -30,7 +30,7 @@ def published(request: Any, tmp_path_factory: Any) -> tuple[str, int, DiffusionP
     """A family, a seed, a pipeline of diffusers, and the folder it was saved to."""
     family, seed = request.param
     folder = tmp_path_factory.mktemp(f"{family}-{seed}")
-    pipe = make(family, seed, folder)
+    pipe = make(family, seed)
     pipe.save_pretrained(folder / "model")
     return family, seed, pipe, folder / "model"
 
@@ -93,7 +93,7 @@ def flowing(request: Any, tmp_path_factory: Any) -> tuple[str, int, DiffusionPip
     """The same for the families of flows."""
     family, seed = request.param
     folder = tmp_path_factory.mktemp(f"{family}-{seed}")
-    pipe = make(family, seed, folder)
+    pipe = make(family, seed)
     pipe.save_pretrained(folder / "model")
     return family, seed, pipe, folder / "model"
 
@@ -130,7 +130,7 @@ def test_pictures_of_flows_equal_diffusers(flowing: tuple[str, int, DiffusionPip
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pictures_of_classes_equal_diffusers(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = make("dit", seed, tmp_path)
+    theirs = make("dit", seed)
     theirs.save_pretrained(tmp_path / "model")
     index = tmp_path / "model" / "model_index.json"  # published ones hold the labels
     labels = {"0": "tench, Tinca tinca", "277": "red fox, Vulpes vulpes", "1": "goldfish"}

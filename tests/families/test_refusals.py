@@ -25,7 +25,7 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
 def single(tmp_path_factory: Any) -> Path:
     """A small SD 1 model as a single file."""
     root = tmp_path_factory.mktemp("sd1")
-    make("sd1", 0, root).save_pretrained(root / "model")
+    make("sd1", 0).save_pretrained(root / "model")
     return convert(root / "model", root / "model.safetensors")
 
 
@@ -95,7 +95,7 @@ def test_configurations_that_cannot_be_followed_are_refused(
 
 
 def test_a_model_for_inpainting_is_told_apart(tmp_path: Path) -> None:
-    pipe = make("sd1", 1, tmp_path)
+    pipe = make("sd1", 1)
     pipe.unet = type(pipe.unet)(**{**pipe.unet.config, "in_channels": 9})
     pipe.save_pretrained(tmp_path / "model")
     with pytest.raises(BadCheckpoint, match="inpainting"):

@@ -52,7 +52,7 @@ def test_equals_transformers_from_either_kind_of_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("tokenizer.json", "{}"), ("tokenizer.json", "\x00"), ("vocab.json", "{}"), ("tokenizer_config.json", "[")],
+    [("tokenizer.json", "{}"), ("tokenizer.json", "\x00"), ("vocab.json", "{}"), ("tokenizer_config.json", "{")],
 )
 def test_broken_tokenizer_files_are_refused(name: str, content: str) -> None:
     with pytest.raises(BadCheckpoint, match="tokenizer"):

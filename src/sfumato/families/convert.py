@@ -17,7 +17,7 @@ from sfumato.checkpoints.published import Published
 from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file
 from sfumato.errors import BadCheckpoint
 from sfumato.families import recognize
-from sfumato.text.tokenizer import END, START, clip_vocabulary, packaged_merges
+from sfumato.text.tokenizer import END, START, clip_vocabulary, packaged_merges, packaged_pairs
 
 
 def convert(source: Path, target: Path, variant: str | None = None) -> Path:
@@ -26,7 +26,7 @@ def convert(source: Path, target: Path, variant: str | None = None) -> Path:
     Raises BadCheckpoint if the source is not whole, has no other form, or the target exists.
     """
     if source.is_dir():
-        model = read_folder(source, variant)
+        model = _without_packaged(read_folder(source, variant))
         write_single_file(model, target, layout_of(model))
     else:
         write_folder(_with_tokenizers(read_single_file(source)), target)
@@ -42,25 +42,44 @@ def layout_of(model: Published) -> Layout:
     raise BadCheckpoint(f"{model.path}: there is no single-file form for a model of the family {family}")
 
 
+VOCABULARY_FILES = frozenset({"tokenizer.json", "vocab.json", "merges.txt"})
+
+
+def _without_packaged(model: Published) -> Published:
+    """The model without tokenizers' vocabularies that are the packaged one: megabytes that every reader has."""
+    merges = packaged_pairs()
+    packaged = clip_vocabulary(merges)
+    tokenizers = {}
+    for name, texts in model.tokenizers.items():
+        try:
+            whole = json.loads(texts["tokenizer.json"])["model"] if "tokenizer.json" in texts else {}
+            vocabulary = whole.get("vocab") or json.loads(texts.get("vocab.json", "{}"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            vocabulary = {}
+        small = {k: v for k, v in texts.items() if k not in VOCABULARY_FILES}
+        tokenizers[name] = small if vocabulary == packaged else texts
+    return replace(model, tokenizers=tokenizers)
+
+
 def _with_tokenizers(model: Published) -> Published:
     """The model with the files of the packaged vocabulary where it uses that, so that others can read the folder."""
     tokenizers = {k: dict(v) for k, v in model.tokenizers.items()}
     for component in model.tensors:
         name = component.replace("text_encoder", "tokenizer")
         is_clip = "embeddings.token_embedding.weight" in model.tensors[component]
-        if not is_clip or tokenizers.get(name):
+        own = tokenizers.setdefault(name, {})
+        if not is_clip or own.keys() & VOCABULARY_FILES:
             continue
-        merges = [(a, b) for a, b in (line.split(" ") for line in packaged_merges().splitlines())]
         pad = "!" if model.configs[component].get("hidden_act") == "gelu" else END  # as each was trained
         settings = {
             "tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END, "unk_token": END,
             "pad_token": pad, "model_max_length": model.configs[component]["max_position_embeddings"],
         }  # fmt: skip
-        tokenizers[name] = {
-            "vocab.json": json.dumps(clip_vocabulary(merges), ensure_ascii=False),
+        own |= {
+            "vocab.json": json.dumps(clip_vocabulary(packaged_pairs()), ensure_ascii=False),
             "merges.txt": "#version: 0.2\n" + packaged_merges(),
-            "tokenizer_config.json": json.dumps(settings, indent=2),
         }
+        own.setdefault("tokenizer_config.json", json.dumps(settings, indent=2))
     return replace(model, tokenizers=tokenizers)
 
 

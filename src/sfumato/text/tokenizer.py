@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from sfumato.errors import BadCheckpoint
 
 ADDED_WORDS = "sfumato_words.json"  # learned words: how each is written, and its ids
+SETTINGS = {ADDED_WORDS, "tokenizer_config.json", "special_tokens_map.json"}
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 
 
@@ -86,30 +87,34 @@ def clip_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     return {piece: i for i, piece in enumerate(pieces)}
 
 
+def packaged_pairs() -> list[tuple[str, str]]:
+    """The packaged CLIP vocabulary's merges."""
+    return _merges(packaged_merges())
+
+
 @cache
 def packaged_clip() -> Tokenizer:
     """CLIP's tokenizer from the package's own vocabulary, shared: do not change it."""
-    merges = _merges(packaged_merges())
+    merges = packaged_pairs()
     return clip_bpe(clip_vocabulary(merges), merges)
 
 
 def clip_words(texts: Mapping[str, str], length: int, pad: int | None = None) -> Words:
-    """CLIP's tokenizer from its files' texts by name, or the packaged one if there are none.
+    """CLIP's tokenizer from its files' texts by name, or the packaged one if there is no vocabulary among them.
 
-    ``pad`` is for the packaged one, whose users pad in different ways. Raises BadCheckpoint for texts that cannot be
-    read.
+    ``pad`` is for the packaged one, whose users pad in different ways, where the texts do not say. Raises
+    BadCheckpoint for texts that cannot be read.
     """
     added = _json(texts, ADDED_WORDS)
-    if not texts.keys() - {ADDED_WORDS}:
-        tokenizer = packaged_clip()
-        end = _id(tokenizer, END)
-        return Words(tokenizer, tokenizer.token_to_id(START), end, end if pad is None else pad, length, added)
-    tokenizer = _from_texts(texts)
     settings = _json(texts, "special_tokens_map.json") | _json(texts, "tokenizer_config.json")
+    packaged = not texts.keys() - SETTINGS
+    tokenizer = packaged_clip() if packaged else _from_texts(texts)
     start, end, padding = (
         _id(tokenizer, _token(settings.get(f"{name}_token"), default))
         for name, default in (("bos", START), ("eos", END), ("pad", END))
     )
+    if packaged and pad is not None and "pad_token" not in settings:
+        padding = pad
     return Words(tokenizer, start, end, padding, length, added)
 
 
