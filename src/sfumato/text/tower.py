@@ -71,13 +71,16 @@ class TextTower(nn.Module):
         return max(0, len(self.tokenizer.encode(prompt).ids) - (self.config.max_tokens - 1))
 
     def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Encode token ids (B, M) as context (B, M, D), mask (B, M) and pooled (B, D), the end token's state."""
+        """Encode token ids (B, M) as context (B, M, D), mask (B, M) and pooled (B, D), the words' mean.
+
+        The mean carries every word from the first step on; an end token's state would first have to learn to look.
+        """
         x = self.dropout(self.tokens(ids)) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, mask)
         x = self.norm(x)
-        last = mask.sum(1) - 1  # (B,)
-        return {"context": x, "mask": mask, "pooled": x[torch.arange(len(x), device=x.device), last]}
+        pooled = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return {"context": x, "mask": mask, "pooled": pooled}
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Turn prompts into conditioning on this tower's device."""
