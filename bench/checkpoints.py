@@ -35,7 +35,7 @@ def measure(engine: str, folder: str, side: int, threads: int, steps: int) -> di
         model = families.load(folder)
         network, channels = model.network, model.channels
     else:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
         network, channels = pipe.unet, pipe.vae.config.latent_channels
     loaded = time.perf_counter() - begin
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

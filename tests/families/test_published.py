@@ -17,12 +17,29 @@ import sfumato
 from sfumato.checkpoints.folder import read_folder
 from sfumato.checkpoints.single_file import read_single_file
 from sfumato.errors import BadRequest
-from sfumato.families import describe
+from sfumato.families import common, describe
 from sfumato.families.convert import convert
 from sfumato.pipeline.noise import start
 
 PROMPT, NEGATIVE = "an astronaut riding a horse, oil painting", "blurry"
 SETTINGS: dict[str, Any] = {"steps": 4, "sampler": "ddim", "spacing": "leading", "guidance": 4.0}
+
+
+def as_published(family: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A single file's tensors with what published ones hold besides; SD 2's tower has one layer more than is used."""
+    more = {"alphas_cumprod": torch.rand(1000), "model_ema.decay": torch.tensor(0.9)}
+    if family == "sd2":
+        tower = "cond_stage_model.model."
+        more |= {f"{tower}logit_scale": torch.tensor(1.0), f"{tower}text_projection": torch.randn(64, 32)}
+        last = max(int(k.split(".")[4]) for k in tensors if ".resblocks." in k)
+        layer = {k: t for k, t in tensors.items() if f".resblocks.{last}." in k}
+        more |= {k.replace(f".resblocks.{last}.", f".resblocks.{last + 1}."): t + 1 for k, t in layer.items()}
+    return tensors | more
+
+
+def theirs_meaning(pipe: DiffusionPipeline) -> str:
+    """The prediction type in the words of the single files' metadata."""
+    return {"epsilon": "epsilon", "v_prediction": "v"}[pipe.scheduler.config.prediction_type]
 
 
 @pytest.fixture(scope="module", params=[(f, s) for f in ("sd1", "sd2", "sdxl") for s in range(3)], ids=str)
@@ -63,11 +80,12 @@ def test_pictures_equal_diffusers_from_folder_and_from_single_file(
         assert facts["parameters"] == ours.model.card["parameters"]
         assert facts["prediction"].startswith(theirs.scheduler.config.prediction_type)
 
-    if family == "sd1":  # all of whose configuration is in names and shapes
-        bare = tmp_path / "bare.safetensors"
-        save_file(load_file(file), bare)
-        [again] = sfumato.load(bare).generate(PROMPT, **request)
-        assert np.array_equal(again.pixels, picture.pixels)
+    bare = tmp_path / "bare.safetensors"
+    save_file(as_published(family, load_file(file)), bare, {"modelspec.prediction_type": theirs_meaning(theirs)})
+    bare_model = sfumato.load(bare)
+    assert bare_model.model.family == family
+    [again] = bare_model.generate(PROMPT, **request)
+    assert np.array_equal(again.pixels, picture.pixels)
 
 
 def test_conversion_there_and_back_is_bitwise(
@@ -148,3 +166,33 @@ def test_pictures_of_classes_equal_diffusers(seed: int, tmp_path: Path, monkeypa
     assert all(np.array_equal(p, pictures[0]) for p in pictures)
     with pytest.raises(BadRequest, match="red fox"):
         ours.generate("red fix", **request)
+
+
+class Echo(torch.nn.Module):
+    """A network that knows noise when it sees it, and says what its kind says of it."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        other = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+        return 0.95 * x + 0.1 * other if self.kind == "eps" else 0.07 * x - other
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_what_a_network_predicts_is_found_by_one_call(kind: str) -> None:
+    level = common.schedule({})(999.0)
+    found, why = common.probe(Echo(kind), level, 4, {})
+    assert found == kind
+    assert "correlates" in why
+    assert common.parameterization({}, lambda: (found, why))[0].name == kind
+
+
+def test_a_file_that_says_nothing_of_its_prediction_is_asked(tmp_path: Path) -> None:
+    make("sd2", 1).save_pretrained(tmp_path / "model")
+    tensors = as_published("sd2", load_file(convert(tmp_path / "model", tmp_path / "model.safetensors")))
+    save_file(tensors, tmp_path / "bare.safetensors")
+    card = sfumato.load(tmp_path / "bare.safetensors").model.card
+    assert "on pure noise the output correlates" in card["prediction"]
+    assert describe(tmp_path / "bare.safetensors")["prediction"] == "decided by one call of the network"

@@ -222,7 +222,8 @@ def open_clip(config: Json) -> Iterator[Place]:
     """CLIP's text tower under OpenCLIP's names, as in SD 2 and XL files: queries, keys and values in one."""
     yield Place("token_embedding.weight", ("embeddings.token_embedding.weight",))
     yield Place("positional_embedding", ("embeddings.position_embedding.weight",))
-    yield Place("text_projection", ("text_projection.weight",), "transposed")
+    if "CLIPTextModel" not in config.get("architectures", ()):  # SD 2 files hold a projection that it does not use
+        yield Place("text_projection", ("text_projection.weight",), "transposed")
     yield from module("ln_final", "final_layer_norm")
     for i in range(config["num_hidden_layers"]):
         theirs, ours = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
