@@ -20,6 +20,7 @@ from sfumato.data.pictures import load_pictures
 from sfumato.networks.unet import UNet
 from sfumato.text.tower import TextTower, train_tokenizer
 from sfumato.training.denoiser import _texts
+from sfumato.training.draws import draws
 from sfumato.training.objective import DenoisingObjective
 from sfumato.training.recipe import load_recipe
 
@@ -72,7 +73,8 @@ def main(data: str, kind: str, seconds: float) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             words = text.encode(batch.captions)
             x0 = batch.x0.to(memory_format=torch.channels_last)
-            losses = objective(lambda x, t, w=words: network(x, t, **w), x0, torch.Generator().manual_seed(step))
+            u, eps = draws(0, range(step * 64, (step + 1) * 64), x0.shape[1:])
+            losses = objective(lambda x, t, w=words: network(x, t, **w), x0, u, eps)
         optimizer.zero_grad()
         losses.loss.mean().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -90,9 +92,11 @@ def main(data: str, kind: str, seconds: float) -> None:
         for shift in (0, 1):
             with torch.no_grad():
                 words = text.encode(captions[shift:] + captions[:shift])
-                losses = objective(lambda x, t, w=words: network(x, t, **w), x0, torch.Generator().manual_seed(7))
+                u, eps = draws(7, range(n), x0.shape[1:])
+                losses = objective(lambda x, t, w=words: network(x, t, **w), x0, u, eps)
             result.append(float(losses.loss.mean()))
-        print(f"  {name:9s} N={n} right caption {result[0]:.4f}  another's {result[1]:.4f}  gap {result[1] - result[0]:.4f}")
+        right, other = result
+        print(f"  {name:9s} N={n} right caption {right:.4f}  another's {other:.4f}  gap {other - right:.4f}")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,10 @@ def to_dict(config: Any) -> dict[str, Any]:
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-    return {f.name: to_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else plain(v)
-            for f in dataclasses.fields(config)}
+    return {
+        f.name: to_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else plain(v)
+        for f in dataclasses.fields(config)
+    }
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -54,7 +56,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
             raise BadData(f"{where}: expected a list, got {value!r}")
-        variadic = origin is list or len(args) == 2 and args[1] is Ellipsis
+        variadic = origin is list or (len(args) == 2 and args[1] is Ellipsis)
         if not variadic and len(value) != len(args):
             raise BadData(f"{where}: expected {len(args)} values, got {value!r}")
         return origin(_convert(args[0] if variadic else args[i], v, where) for i, v in enumerate(value))

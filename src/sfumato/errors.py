@@ -1,10 +1,10 @@
 """The errors a user can cause, as one tree; each message says what was wrong, where, and what to do.
 
-    SfumatoError
-    ├── BadRequest      exit 2    a setting that cannot be served
-    ├── BadCheckpoint   exit 3    a weight file that cannot be trusted or does not fit
-    ├── BadData         exit 4    pictures, captions or recipes that cannot be trained on
-    └── NoResources     exit 5    disk, memory or a missing optional part
+SfumatoError
+├── BadRequest      exit 2    a setting that cannot be served
+├── BadCheckpoint   exit 3    a weight file that cannot be trusted or does not fit
+├── BadData         exit 4    pictures, captions or recipes that cannot be trained on
+└── NoResources     exit 5    disk, memory or a missing optional part
 """
 
 

@@ -151,6 +151,10 @@ def test_a_run_of_another_recipe_is_refused_but_may_go_on_longer(pictures, tmp_p
     run(pictures, tmp_path, "steps=3")
     with pytest.raises(BadData, match=r"another recipe \(differs in optimizer, seed\)"):
         run(pictures, tmp_path, "seed=1", "optimizer.rate=1")
+    changed = replace(pictures, images=pictures.images.clone())
+    changed.images[0, 0, 0, 0] ^= 1
+    with pytest.raises(BadData, match=r"differs in the data's content"):
+        run(changed, tmp_path, "steps=4")
     with pytest.raises(BadData, match="cannot be cut into"):
         run(pictures, tmp_path, "accumulate=4")
     run(pictures, tmp_path, "steps=6")

@@ -28,7 +28,6 @@ from sfumato.families.model import Defaults, Model
 from sfumato.networks.unet import UNet, UNetConfig
 from sfumato.text.tower import TextTower, TextTowerConfig
 
-
 FORMAT = "sfumato-native-1"  # the metadata's key
 
 

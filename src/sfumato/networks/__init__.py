@@ -1,0 +1,1 @@
+"""Networks on plain tensors. They know no diffusion: what their output means is the parameterization's affair."""

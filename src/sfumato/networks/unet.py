@@ -1,7 +1,7 @@
 """The text-conditional U-Net: DDPM's (2006.11239) with the cross-attention of latent diffusion (2112.10752).
 
-    x ─ conv ─ [ResBlock, Attention]×n ─ ↓ ─ … ─ ↓ ─ [ … ] ─ middle ─ [ … ] ─ ↑ ─ … ─ ↑ ─ [ResBlock, Attention]×n ─ conv ─ out
-                      └────────────────────────── skip connections ──────────────────────────────┘
+    x ─ conv ─ [ResBlock, Attention]×n ─ ↓ ─ … ─ ↓ ─ [ … ] ─ middle ─ [ … ] ─ ↑ ─ … ─ ↑ ─ [ResBlock, Attention]×n ─ conv
+                         └───────────────────────── skip connections ─────────────────────────────┘
 
 Shapes: x (B, C, H, W), clock (B,), context (B, M, D), mask (B, M), pooled (B, D).
 """
@@ -64,6 +64,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return (B, out, H, W) from x (B, C, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.modulation(F.silu(embedding))[..., None, None].chunk(2, dim=1)  # (B, out, 1, 1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
@@ -83,6 +84,7 @@ class TransformerBlock(nn.Module):
             zero(last)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """Return x (B, C, H, W) with what its cells learned of each other and of the words."""
         h, w = x.shape[-2:]
         y = x.flatten(2).transpose(1, 2)  # (B, H·W, C)
         y = y + self.self_attention(self.norm1(y))
@@ -100,6 +102,7 @@ class Stage(nn.Module):
         self.attention = TransformerBlock(out, config.heads, config.context_dim) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """Return (B, out, H, W) from x (B, C, H, W)."""
         x = self.res(x, embedding)
         return x if self.attention is None else self.attention(x, context, mask)
 
@@ -112,6 +115,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, 2·H, 2·W) from x (B, C, H, W)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

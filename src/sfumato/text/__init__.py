@@ -1,0 +1,1 @@
+"""Tokenizers and text towers: from words to what a network is told."""

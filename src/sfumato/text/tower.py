@@ -39,6 +39,7 @@ class TextBlock(nn.Module):
         zero(self.feed_forward[-1])
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return x (B, M, D) with what its tokens learned of each other; mask (B, M) is true at the real ones."""
         x = x + self.attention(self.norm1(x), mask=mask)
         return x + self.feed_forward(self.norm2(x))
 

@@ -52,6 +52,10 @@ class DenoiserTask:
         u, eps = draws(self.recipe.seed, places, batch.x0.shape[1:])
         return Prepared(batch.x0, ids, mask, u, eps)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the pictures and their columns."""
+        return self.pictures.fingerprint()
+
     def losses(self, module: Callable[..., Tensor], batch: Prepared) -> Losses:
         """Return the losses of one micro-batch."""
         device = next(self.module.parameters()).device

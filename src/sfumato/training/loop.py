@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sfumato.config import to_dict
+from sfumato.config import from_dict, to_dict
 from sfumato.errors import BadData
 from sfumato.files import write_atomically
 from sfumato.training.ema import EMA
@@ -50,6 +50,10 @@ class Task(Protocol):
 
     def fetch(self, places: range) -> Any:
         """Prepare the micro-batch at some places of the endless order; called from any thread."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Tell whether the data are those that the run began with."""
         ...
 
     def losses(self, module: Callable[..., Tensor], batch: Any) -> Losses:
@@ -102,7 +106,7 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
     parts = world.size * recipe.accumulate
     if recipe.batch % parts:
         raise BadData(f"recipe: batch {recipe.batch} cannot be cut into {world.size} ranks × {recipe.accumulate} parts")
-    precision = _settle_recipe(recipe, run, world)
+    precision = _settle_recipe(task, recipe, run, world)
     module = task.module.to(world.device)
     wrapped = world.wrap(module, recipe.parallel)
     optimizers = build_optimizers(module, recipe.optimizer)
@@ -234,30 +238,41 @@ def _stop_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _settle_recipe(recipe: Recipe, run: Path, world: World) -> str:
+# What may change under way: how long a run goes on, where, and how often it is watched or saved.
+FREE = {"steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads", "workers",
+        "accumulate", "compile", "device", "parallel", "tensorboard"}  # fmt: skip
+
+
+def _settle_recipe(task: Task, recipe: Recipe, run: Path, world: World) -> str:
     """Store the resolved recipe at a run's start, refuse another one later, and return the precision in force."""
     path = run / "recipe.json"
-    plain = json.loads(json.dumps(to_dict(recipe)))
     if world.main:
         run.mkdir(parents=True, exist_ok=True)
+        data = task.fingerprint()
         if path.exists():
             stored = _read_json(path)
-            # How long a run goes on, on what, and how often it is watched or saved may change under way.
-            free = {"steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads",
-                    "workers", "accumulate", "compile", "device", "parallel", "tensorboard"}  # fmt: skip
-            differing = [k for k in plain if k not in free and plain[k] != stored.get(k)]
+            precision, first = stored.pop("resolved_precision"), stored.pop("data_fingerprint", data)
+            # Read through today's defaults: a setting that is newer than the run is no difference.
+            before, now = _binding(from_dict(Recipe, stored, str(path))), _binding(recipe)
+            differing = [k for k in now if now[k] != before[k]] + (["the data's content"] if first != data else [])
             if differing:
                 raise BadData(
                     f"{run} holds a run of another recipe (differs in {', '.join(differing)}): use another --run folder"
                 )
-            precision = stored["resolved_precision"]
         else:
             precision = recipe.precision
             if precision == "auto":
                 precision = "bf16" if bf16_pays(world.device) else "fp32"
-        write_atomically(path, json.dumps({**plain, "resolved_precision": precision}, indent=1).encode())
+        plain = {**to_dict(recipe), "resolved_precision": precision, "data_fingerprint": data}
+        write_atomically(path, json.dumps(plain, indent=1).encode())
     world.barrier()
     return _read_json(path)["resolved_precision"]
+
+
+def _binding(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that a run cannot change; where the data lie is told by their content."""
+    plain = {k: v for k, v in to_dict(recipe).items() if k not in FREE}
+    return json.loads(json.dumps({**plain, "data": {**plain["data"], "path": ""}}))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
