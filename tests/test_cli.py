@@ -179,7 +179,7 @@ def test_info_of_a_picture_and_of_a_model(run: Run, tiny_file: Path) -> None:
     assert json.loads(out)["card"]["licence"] == "none"
 
 
-def test_info_of_a_published_folder_lists_its_parts(run: Run, tmp_path: Path) -> None:
+def test_info_of_a_folder_of_no_known_family_is_refused(run: Run, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -187,8 +187,8 @@ def test_info_of_a_published_folder_lists_its_parts(run: Run, tmp_path: Path) ->
     (tmp_path / "sd" / "model_index.json").write_text("{}")
     save_file({"a": torch.ones(2, 3)}, tmp_path / "sd" / "unet" / "model.safetensors")
     code, out, _ = run("info", "sd", "--json")
-    assert code == 0
-    assert json.loads(out)["unet/model.safetensors"]["parameters"] == 6
+    assert code == 3
+    assert out == ""
 
 
 def test_info_prints_nothing_that_a_terminal_obeys(run: Run, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FORWARDED = {  # command → module whose ``main(argv) -> int`` reads the command's own flags
     "train": ("sfumato.training.cli", "train a model by a recipe, or on a folder of pictures"),
     "evaluate": ("sfumato.evaluation.cli", "measure a model against real pictures"),
+    "convert": ("sfumato.families.convert", "turn a published folder into a single file, or the other way"),
     "data": ("sfumato.data.cli", "check a data set, or rebuild the corpus"),
 }
 
@@ -319,16 +320,19 @@ def _model_facts(path: Path, name: str) -> dict[str, Any]:
     import json
 
     from sfumato.checkpoints.tensors import read_header
+    from sfumato.families import describe, locate
 
     if not path.is_file():
-        from sfumato.families import locate
-
         path = locate(name)
-    if path.is_dir():  # a published folder, one file or more for each part
-        files = sorted(path.glob("*/*.safetensors"))
-        return {"model": str(path), **{str(f.relative_to(path)): _header_facts(read_header(f)) for f in files}}
+    if path.is_dir():
+        return {"model": str(path), **describe(path)}
     header = read_header(path)
     facts = {"model": str(path), **_header_facts(header)}
+    if not any(key.startswith("sfumato-") for key in header.metadata):
+        try:
+            facts |= describe(path)
+        except BadCheckpoint as e:  # any safetensors file may be looked at
+            facts["family"] = str(e)
     for key, text in header.metadata.items():
         if key.startswith("sfumato-"):
             facts["format"] = key

@@ -114,7 +114,7 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         family="native",
         path=path,
         hash=hash,
-        network=native.network.to(memory_format=torch.channels_last),
+        network=native.network.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
         encode=native.text.encode,
         decode=_three_channels,
         schedule=config.build_schedule(),

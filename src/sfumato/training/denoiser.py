@@ -41,7 +41,7 @@ class DenoiserTask:
         world.barrier()
         tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
         torch.manual_seed(recipe.seed)
-        self.module = Native(recipe.model, tokenizer).to(memory_format=torch.channels_last)
+        self.module = Native(recipe.model, tokenizer).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         config = recipe.model
         self.objective = DenoisingObjective(config.build_schedule(), config.build_parameterization(), recipe.objective)
 

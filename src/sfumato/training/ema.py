@@ -25,7 +25,7 @@ class EMA:
         new = [local(v.detach()).float() for v in module.state_dict().values()]
         for decay, average in zip(self.decays, self.averages, strict=True):
             d = min(decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_([local(v) for v in average.values()], new, 1 - d)
+            torch._foreach_lerp_([local(v) for v in average.values()], new, 1 - d)  # pyright: ignore
 
     def tensors(self) -> dict[str, Tensor]:
         """All averages under flat names."""

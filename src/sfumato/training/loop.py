@@ -138,7 +138,7 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
                 for group, rate in zip(optimizer.param_groups, own, strict=True):
                     group["lr"] = rate * share
                 optimizer.zero_grad(set_to_none=True)
-            value = 0.0
+            value, losses = 0.0, None
             for part in range(recipe.accumulate):
                 last = part + 1 == recipe.accumulate
                 with nullcontext() if last else world.no_sync(wrapped):
@@ -162,6 +162,7 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
                         f"{bad} steps in a row gave no finite gradient; the last good checkpoint is kept in {run}"
                     )
             done = step + 1
+            assert losses is not None
             levels = loss_by_level(losses)
             progress.step(done, value, levels, recipe.batch)
             if log and done % recipe.log_every == 0:

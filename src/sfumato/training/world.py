@@ -39,12 +39,14 @@ class World:
             return module
         if parallel == "ddp":
             return DistributedDataParallel(module)
-        module = module.to(memory_format=torch.contiguous_format)  # FSDP2 cannot shard channels-last weights
+        # FSDP2 cannot shard channels-last weights.
+        module = module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         mesh = init_device_mesh(self.device.type, (self.size,))
         for blocks in [m for m in module.modules() if isinstance(m, nn.ModuleList)]:
             for block in blocks:
                 fully_shard(block, mesh=mesh)
-        return fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        return module
 
     @contextmanager
     def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
