@@ -112,7 +112,8 @@ def test_a_batched_network_changes_a_picture_by_rounding_only(tiny: Model, sampl
     single, batched = Pipeline(tiny), Pipeline(tiny, batch=8)
     for n in (1, 2, 3, 5, 8):
         request = Request(WORDS, seed=7, n=n, sampler=sampler)
-        assert (last_x(single, request) - last_x(batched, request)).abs().max() <= 1e-5
+        x = last_x(single, request)  # a random network's picture reaches beyond [−1, 1]
+        assert (x - last_x(batched, request)).abs().max() <= 1e-5 * x.abs().max().clamp(min=1)
 
 
 def test_guidance_one_calls_the_network_without_a_doubled_batch(tiny: Model) -> None:
