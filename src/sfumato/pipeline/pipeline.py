@@ -34,7 +34,7 @@ class Pipeline:
     Args:
         model: the model; its network is put into evaluation mode.
         batch: how many pictures the network sees at once. 1 makes each picture the same to the last bit
-            whatever it is made beside; more may be faster, and differ by rounding (about 1e-6).
+            whatever it is made beside; more may be faster, and differ by rounding (about 2e-5).
     """
 
     def __init__(self, model: Model, batch: int = 1) -> None:
