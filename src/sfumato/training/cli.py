@@ -57,28 +57,14 @@ def main(argv: list[str]) -> int:
 def _train(recipe: Recipe, root: Path, run: Path, world: World) -> Path:
     import torch
 
-    from sfumato.data.pictures import load_pictures
-    from sfumato.data.report import Report
-    from sfumato.files import write_atomically
-    from sfumato.training.denoiser import DenoiserTask
     from sfumato.training.loop import train
     from sfumato.training.progress import Progress
+    from sfumato.training.tasks import build_task
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     progress = Progress(recipe.log_every, quiet=not world.main)
-
-    def report(found: Report) -> None:
-        listing = run / "bad.jsonl"
-        if found.bad and world.main:
-            run.mkdir(parents=True, exist_ok=True)
-            write_atomically(listing, found.to_jsonl())
-        progress.note(found.summary(listing))
-
-    channels = recipe.model.network.in_channels
-    pictures = load_pictures(recipe.data, recipe.model.size, root, channels=channels, on_report=report)
-    progress.note(f"{pictures.epoch_length} drawn per epoch")
-    task = DenoiserTask(recipe, pictures, run, world)
+    task = build_task(recipe, root, run, world, progress)
     parameters = sum(p.numel() for p in task.module.parameters())
     progress.note(f"{parameters / 1e6:.2f} million parameters; run in {run}")
     return train(task, recipe, run, progress, world)

@@ -39,9 +39,14 @@ def draw_grid(native: Native, prompts: list[str], path: Path, columns: int = 4, 
     x: Any = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for step in SAMPLERS["dpmpp-2m"](denoise, x, SPACINGS["trailing"](schedule, steps), torch.randn_like):
         x = step.x
-    cells = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()  # (n, C, H, W)
+    write_sheet(x, columns, path)
+
+
+def write_sheet(x: Tensor, columns: int, path: Path) -> None:
+    """Write pictures (N, C, H, W) in [−1, 1] as a PNG of so many columns, row after row; N a multiple of them."""
+    cells = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()  # (N, C, H, W)
     c, h, w = cells.shape[1:]
-    sheet = cells.view(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
+    sheet = cells.reshape(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
     image = Image.fromarray(sheet.expand(-1, -1, 3).contiguous().numpy())
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -13,6 +13,7 @@ from sfumato.config import from_dict
 from sfumato.data.config import DataConfig
 from sfumato.errors import BadData
 from sfumato.families.native import NativeConfig
+from sfumato.networks.compact import CompactConfig
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,40 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class AutoencoderLoss:
+    """Weights of an autoencoder's losses beside the mean absolute error.
+
+    Args:
+        square: of the squared error; ``perceptual``: of LPIPS; ``kl``: of the divergence per latent number.
+        adversarial: of the discriminator's opinion, from the share ``adversarial_from`` of the run on; 0: none.
+    """
+
+    square: float = 1.0
+    perceptual: float = 0.2
+    kl: float = 1e-3
+    adversarial: float = 0.0
+    adversarial_from: float = 0.6
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """What ``task: autoencoder`` trains, on pictures of ``size`` pixels per side."""
+
+    size: int = 64
+    network: CompactConfig = field(default_factory=CompactConfig)
+    loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
+
+    def __post_init__(self) -> None:
+        if self.size % self.network.factor:
+            raise ValueError(f"autoencoder: size {self.size} is not a multiple of the factor {self.network.factor}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a training run.
 
     Args:
+        task: what is trained, a name in ``training.tasks.TASKS``; each reads the settings of its own name.
         batch: pictures per step over all ranks; ``accumulate``: into how many parts each rank cuts its share.
         ema: decays of the averages that are kept; the first is the one that is sampled from and shipped.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 where this machine multiplies faster in it.
@@ -63,6 +94,8 @@ class Recipe:
     """
 
     name: str = "model"
+    task: str = "denoiser"
+    autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     model: NativeConfig = field(default_factory=NativeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -1,0 +1,142 @@
+"""The task of training an autoencoder: pictures through a narrow, noisy place and back.
+
+    loss = |x − x̂| + m·(x − x̂)² + p·LPIPS(x, x̂) + k·KL(N(μ, σ²) ‖ N(0, 1)) + a·adversarial
+
+(2112.10752, section 3.1). The discriminator learns in the same step and by the same optimizer: its own hinge loss sees
+the reconstruction without its history, the autoencoder's loss sees the discriminator's weights without theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sfumato.config import to_dict
+from sfumato.data.pictures import Pictures
+from sfumato.families.autoencoder import FORMAT
+from sfumato.families.pretrained import load_lpips
+from sfumato.files import write_atomically
+from sfumato.networks.compact import CompactAutoencoder, PatchDiscriminator
+from sfumato.training.draws import draws
+from sfumato.training.grid import write_sheet
+from sfumato.training.objective import Losses
+from sfumato.training.recipe import AutoencoderLoss, Recipe
+
+
+class Pair(NamedTuple):
+    """One micro-batch: pictures (B, 3, H, W), unit noise like their latents, and whether the game is on."""
+
+    x: Tensor
+    noise: Tensor
+    adversarial: bool
+
+
+class Game(nn.Module):
+    """Autoencoder and, where the recipe has one, its discriminator: pictures → each one's loss (B,)."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        self.weights: AutoencoderLoss = recipe.autoencoder.loss
+        self.autoencoder = CompactAutoencoder(recipe.autoencoder.network)
+        self.discriminator = PatchDiscriminator() if self.weights.adversarial else None
+        # Outside the module's state: it is not learned.
+        self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+        if self.weights.perceptual:
+            object.__setattr__(self, "perceptual", load_lpips("alex"))
+
+    def forward(self, x: Tensor, noise: Tensor, adversarial: bool) -> Tensor:
+        """The loss of each picture (B,)."""
+        w = self.weights
+        y, mean, log_variance = self.autoencoder(x, noise)
+        y = y.float()
+        error = y - x
+        loss = error.abs().mean((1, 2, 3)) + w.square * error.square().mean((1, 2, 3))
+        kl = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean((1, 2, 3))
+        loss = loss + w.kl * kl
+        if self.perceptual is not None:
+            loss = loss + w.perceptual * self.perceptual(y, x).float()
+        if self.discriminator is not None:
+            share = w.adversarial if adversarial else 0.0  # every parameter takes part in every step
+            fixed = {k: v.detach() for k, v in self.discriminator.named_parameters()}
+            fooled = -functional_call(self.discriminator, fixed, (y,)).float().mean((1, 2, 3))
+            real, made = (self.discriminator(v).float() for v in (x, y.detach()))
+            hinge = (F.relu(1 - real) + F.relu(1 + made)).mean((1, 2, 3))
+            loss = loss + share * fooled + hinge
+        return loss
+
+
+class AutoencoderTask:
+    """Pictures in, reconstruction losses out."""
+
+    def __init__(self, recipe: Recipe, pictures: Pictures):
+        self.recipe, self.pictures = recipe, pictures
+        torch.manual_seed(recipe.seed)
+        self.module = Game(recipe).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def fetch(self, places: range) -> Pair:
+        """Prepare pictures and noise for some places of the endless order."""
+        x = self.pictures.take(self.recipe.seed, places).x0.contiguous(memory_format=torch.channels_last)
+        config = self.recipe.autoencoder
+        side = self.recipe.autoencoder.size // config.network.factor
+        _, noise = draws(self.recipe.seed, places, (config.network.latent_channels, side, side))
+        start = config.loss.adversarial_from * self.recipe.steps * self.recipe.batch
+        return Pair(x, noise, places.start >= start)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the pictures and their columns."""
+        return self.pictures.fingerprint()
+
+    def losses(self, module: Callable[..., Tensor], batch: Pair) -> Losses:
+        """Return the losses of one micro-batch."""
+        device = next(self.module.parameters()).device
+        loss = module(batch.x.to(device), batch.noise.to(device), batch.adversarial)
+        return Losses(loss, torch.zeros(len(loss)))
+
+    def export(self, weights: Mapping[str, Tensor], path: Path) -> None:
+        """Write the autoencoder alone, fp16, its latents' mean and deviation measured on the training pictures."""
+        network = self._averaged(weights)
+        measure_latents(network, self.pictures)
+        tensors = {k: v.half().contiguous() for k, v in network.state_dict().items()}
+        meta = {"config": to_dict(network.config), "card": {"name": self.recipe.name, **self.recipe.card}}
+        write_atomically(path, save(tensors, {FORMAT: json.dumps(meta)}))
+
+    @torch.no_grad()
+    def grid(self, weights: Mapping[str, Tensor], path: Path) -> None:
+        """Draw pictures beside their reconstructions."""
+        network = self._averaged(weights).eval()
+        count = min(32, len(self.pictures))
+        chosen = [i * len(self.pictures) // count for i in range(count)]
+        x = torch.stack([self.pictures.images[i] for i in chosen]).float() / 127.5 - 1
+        pairs = torch.stack([x, network.decode(network.encode(x))], 1).flatten(0, 1)
+        write_sheet(pairs, 8, path)
+
+    def _averaged(self, weights: Mapping[str, Tensor]) -> CompactAutoencoder:
+        network = CompactAutoencoder(self.recipe.autoencoder.network)
+        prefix = "autoencoder."
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        return network
+
+
+@torch.no_grad()
+def measure_latents(network: CompactAutoencoder, pictures: Pictures, most: int = 4096) -> None:
+    """Set the network's mean and deviation from evenly chosen pictures, the latents' own noise included."""
+    total = square = torch.zeros(network.config.latent_channels, dtype=torch.float64)
+    n = min(most, len(pictures))
+    cells = 0
+    for start in range(0, n, 128):
+        chosen = [i * len(pictures) // n for i in range(start, min(start + 128, n))]
+        x = torch.stack([pictures.images[i] for i in chosen]).float() / 127.5 - 1
+        mean, log_variance = (v.double() for v in network.moments(x))
+        total = total + mean.sum((0, 2, 3))
+        square = square + (mean**2 + log_variance.exp()).sum((0, 2, 3))
+        cells += mean[:, 0].numel()
+    network.mean.copy_(total / cells)
+    network.deviation.copy_((square / cells - (total / cells) ** 2).sqrt())

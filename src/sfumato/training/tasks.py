@@ -1,0 +1,63 @@
+"""What can be trained: one row per task, each a function from a recipe to what the loop runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sfumato.data.pictures import Pictures, load_pictures
+from sfumato.data.report import Report
+from sfumato.errors import BadData, nearest
+from sfumato.files import write_atomically
+from sfumato.training.loop import Task
+from sfumato.training.progress import Progress
+from sfumato.training.recipe import Recipe
+from sfumato.training.world import World
+
+Load = Callable[[int, int], Pictures]  # (side, channels) → the recipe's pictures
+
+
+def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.training.denoiser import DenoiserTask
+
+    return DenoiserTask(recipe, load(recipe.model.size, recipe.model.network.in_channels), run, world)
+
+
+def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.training.autoencoder import AutoencoderTask
+
+    return AutoencoderTask(recipe, load(recipe.autoencoder.size, 3))
+
+
+TASKS: dict[str, Callable[[Recipe, Load, Path, Path, World], Task]] = {
+    "denoiser": _denoiser,
+    "autoencoder": _autoencoder,
+}
+
+
+def build_task(recipe: Recipe, root: Path, run: Path, world: World, progress: Progress) -> Task:
+    """Read a recipe's data and build what it trains.
+
+    Args:
+        root: the recipe's folder, from which its paths are read; ``run``: where the run lives.
+
+    Raises BadData for an unknown task or unusable data; the bad records are listed in the run's ``bad.jsonl``.
+    """
+    if recipe.task not in TASKS:
+        raise BadData(
+            f"recipe: no task named {recipe.task!r}{nearest(recipe.task, list(TASKS))}; there are {list(TASKS)}"
+        )
+
+    def report(found: Report) -> None:
+        listing = run / "bad.jsonl"
+        if found.bad and world.main:
+            run.mkdir(parents=True, exist_ok=True)
+            write_atomically(listing, found.to_jsonl())
+        progress.note(found.summary(listing))
+
+    def load(side: int, channels: int) -> Pictures:
+        pictures = load_pictures(recipe.data, side, root, channels=channels, on_report=report)
+        progress.note(f"{pictures.epoch_length} drawn per epoch")
+        return pictures
+
+    return TASKS[recipe.task](recipe, load, root, run, world)
