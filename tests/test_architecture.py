@@ -18,6 +18,7 @@ ROOMS: dict[str, set[str]] = {
     "data": set(),
     "families": {"diffusion", "networks", "text", "checkpoints"},
     "pipeline": {"families", "diffusion"},
+    "inside": {"pipeline", "families", "networks", "text", "diffusion"},
     "training": {"diffusion", "networks", "text", "checkpoints", "families", "data"},
     "evaluation": {"pipeline", "families", "checkpoints", "data"},
     "cli": {"pipeline", "training", "evaluation", "families", "checkpoints", "diffusion", "data"},

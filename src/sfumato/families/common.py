@@ -20,7 +20,8 @@ from sfumato.errors import BadCheckpoint
 from sfumato.families.configs import autoencoder_config, clip_config, t5_config, tiny_autoencoder_config
 from sfumato.networks.autoencoder import Autoencoder, TinyAutoencoder
 from sfumato.text.clip import CLIPText
-from sfumato.text.prompt import chunks, grid, weigh
+from sfumato.text.prompt import chunks, grid, spell_prompt, weigh
+from sfumato.text.spelling import Word
 from sfumato.text.t5 import T5Encoder
 from sfumato.text.tokenizer import Words, clip_words, t5_words
 
@@ -84,6 +85,10 @@ class Tower:
         """Ids and weights (B, K, M) of the prompts."""
         return grid(prompts, self.words, rows)
 
+    def spell(self, prompt: str) -> list[Word]:
+        """The prompt's words with their columns of the states."""
+        return spell_prompt(prompt, self.words)
+
     def states(self, ids: Tensor, weights: Tensor, skip: int | None) -> tuple[Tensor, Tensor]:
         """States (B, K·M, D) and the first chunk's pooled vector (B, P).
 
@@ -124,6 +129,10 @@ class LongTower:
         device = self.network.shared.weight.device
         states = self.network(torch.tensor([c.ids for c in first], device=device))
         return weigh(states, torch.tensor([c.weights for c in first], device=device))
+
+    def spell(self, prompt: str) -> list[Word]:
+        """The prompt's words with their columns of the states."""
+        return spell_prompt(prompt.replace("BREAK", " "), self.words, rows=1)
 
 
 def t5(model: Published, component: str, tokenizer: str, length: int) -> LongTower | None:

@@ -61,6 +61,7 @@ def load(model: Published, name: str) -> Model:
         hash=model.fingerprint(),
         network=network,
         encode=encode,
+        words=t5.spell,
         decode=common.decoder(vae),
         schedule=Flow(),
         parameterization=common.flow(1.0),

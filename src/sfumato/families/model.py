@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sfumato.diffusion.parameterizations import Parameterization
 from sfumato.diffusion.schedules import Schedule
+from sfumato.text.spelling import Word
 
 # What a network is told besides x and the clock: keyword → tensor with the batch first.
 Conditioning: TypeAlias = Mapping[str, Tensor]
@@ -32,6 +33,10 @@ def _nothing(width: int, height: int, guidance: float) -> Conditioning:
     return {}
 
 
+def _no_words(prompt: str) -> list[Word]:
+    return []
+
+
 def _no_settings(width: int, height: int) -> Mapping[str, Mapping[str, float]]:
     return {}
 
@@ -45,6 +50,7 @@ class Model:
             weights: the file's SHA-256, or a published model's fingerprint.
         network: ``network(x, clock, **conditioning)`` with x (B, C, H, W) and clock (B,); returns (B, C, H, W).
         encode: prompts → conditioning; the empty prompt is the unconditional one.
+        words: prompt → its words, each with the columns of ``context`` that hold it; none where no words are told.
         decode: denoised x (B, C, H, W) → pictures (B, 3, H·factor, W·factor) in [−1, 1].
         channels, factor: shape of x: C, and pixels per side of one of its cells.
         multiple: a picture's sides must be multiples of this many pixels.
@@ -70,6 +76,7 @@ class Model:
     factor: int = 1
     multiple: int = 8
     max_pixels: int = 1 << 16
+    words: Callable[[str], list[Word]] = _no_words
     situate: Callable[[int, int, float], Conditioning] = _nothing
     spacings: Callable[[int, int], Mapping[str, Mapping[str, float]]] = _no_settings
     distilled: bool = False

@@ -116,6 +116,7 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         hash=hash,
         network=native.network.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
         encode=native.text.encode,
+        words=native.text.spell,
         decode=_three_channels,
         schedule=config.build_schedule(),
         parameterization=config.build_parameterization(),

@@ -63,6 +63,7 @@ def load(model: Published, name: str) -> Model:
         hash=model.fingerprint(),
         network=network,
         encode=encode,
+        words=tower.spell,
         decode=common.decoder(vae),
         schedule=schedule,
         parameterization=meaning,

@@ -22,6 +22,7 @@ from sfumato.families import common
 from sfumato.families.configs import mmdit_config
 from sfumato.families.model import Defaults, Model
 from sfumato.networks.mmdit import MMDiT
+from sfumato.text.spelling import Word
 
 FAMILY = "sd3"
 T5_LENGTH = 256
@@ -54,6 +55,11 @@ def load(model: Published, name: str) -> Model:
         long = clip.new_zeros(len(prompts), T5_LENGTH, config.context_dim) if t5 is None else t5.encode(prompts)
         return {"context": torch.cat([clip, long], dim=1), "pooled": torch.cat([pooled_a, pooled_b], dim=-1)}
 
+    def words(prompt: str) -> list[Word]:
+        clip, long = first.spell(prompt), [] if t5 is None else t5.spell(prompt)
+        after = common.same_rows([prompt], first, second)[0][0].numel()  # columns of the two towers
+        return clip + [Word(w.text, tuple(after + c for c in w.columns)) for w in long]
+
     side = common.side(model.configs["transformer"], vae, 1024)
     multiple = vae.config.factor * config.patch
     return Model(
@@ -63,6 +69,7 @@ def load(model: Published, name: str) -> Model:
         hash=model.fingerprint(),
         network=network,
         encode=encode,
+        words=words,
         decode=common.decoder(vae),
         schedule=Flow(),
         parameterization=common.flow(1000.0),

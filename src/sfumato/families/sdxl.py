@@ -66,6 +66,7 @@ def load(model: Published, name: str) -> Model:
         hash=model.fingerprint(),
         network=network,
         encode=encode,
+        words=first.spell,
         decode=common.decoder(vae),
         schedule=common.schedule(scheduler),
         parameterization=meaning,

@@ -47,14 +47,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Attend; ``mask`` (B, M) is true at the context's real tokens."""
-        q = self._split(self.to_q(x))  # (B, heads, N, D/heads)
-        k, v = (self._split(y) for y in self.to_kv(x if context is None else context).chunk(2, dim=-1))
+        q, k, v = self.project(x, context)
         bias = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, M)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.to_out(y.transpose(1, 2).flatten(2))
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, N, D/heads) of x; keys and values (B, heads, M, D/heads) of the context."""
+        k, v = (split_heads(y, self.heads) for y in self.to_kv(x if context is None else context).chunk(2, dim=-1))
+        return split_heads(self.to_q(x), self.heads), k, v
 
 
 class FeedForward(nn.Sequential):
@@ -94,9 +95,14 @@ def attend(
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Multi-head attention of q (B, N, D) over k, v (B, M, D); ``mask`` broadcasts against (B, heads, N, M)."""
-    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N, D/heads)
+    q, k, v = (split_heads(y, heads) for y in (q, k, v))  # (B, heads, N, D/heads)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return y.transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, D) → (B, heads, N, D/heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class CrossAttention(nn.Module):

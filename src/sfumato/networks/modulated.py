@@ -108,6 +108,16 @@ class JointAttention(nn.Module):
         self, x: Tensor, words: Tensor | None = None, rotation: Rotation | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Cells (B, N, D) and words (B, M, D) → the same; the rotation is of words and cells, in that order."""
+        q, k, v = self.project(x, words, rotation)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, M + N, A·D/A)
+        m = 0 if words is None else words.shape[1]
+        cells = self.to_out[0](y[:, m:]) if self.projected else y
+        return cells, self.to_add_out(y[:, :m]) if hasattr(self, "to_add_out") else None
+
+    def project(
+        self, x: Tensor, words: Tensor | None = None, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, A, M + N, D/A) of words and cells, in that order."""
         q, k, v = self._split(self.to_q(x)), self._split(self.to_k(x)), self._split(self.to_v(x))
         if hasattr(self, "norm_q"):
             q, k = self.norm_q(q), self.norm_k(k)
@@ -119,10 +129,7 @@ class JointAttention(nn.Module):
             v = torch.cat([self._split(self.add_v_proj(words)), v], dim=2)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, M + N, A·D/A)
-        m = 0 if words is None else words.shape[1]
-        cells = self.to_out[0](y[:, m:]) if self.projected else y
-        return cells, self.to_add_out(y[:, :m]) if hasattr(self, "to_add_out") else None
+        return q, k, v
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, A, N, D/A)

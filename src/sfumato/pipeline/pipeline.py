@@ -54,6 +54,11 @@ class Pipeline:
         A step's ``preview`` is the predicted picture as the network sees it; ``pixels`` makes it visible.
         """
         request = request.resolve(self.model)
+        return self._run(request, self.path(request))
+
+    def path(self, request: Request) -> Path:
+        """Return the noise levels that a request's pictures visit; BadRequest for one that cannot be served."""
+        request = request.resolve(self.model)
         assert request.spacing is not None
         assert request.steps is not None
         assert request.width is not None
@@ -62,7 +67,7 @@ class Pipeline:
         path = SPACINGS[request.spacing](self.model.schedule, request.steps, **settings)
         if self.model.parameterization.det(path[0]) == 0:
             raise BadRequest(NO_PICTURE)
-        return self._run(request, path)
+        return path
 
     def initial_noise(self, request: Request) -> Tensor:
         """Return the unit-variance noise that the pictures start from, float32 (n, C, h, w)."""
@@ -88,15 +93,15 @@ class Pipeline:
         seeds, first = _seeds(request), path[0]
         x = self.initial_noise(request) * math.sqrt(first.alpha**2 + first.sigma**2)
         settings = {} if request.eta is None else {"eta": request.eta}
-        for step in SAMPLERS[request.sampler](self._denoiser(request), x, path, FreshNoise(seeds), **settings):
+        for step in SAMPLERS[request.sampler](self.denoiser(request), x, path, FreshNoise(seeds), **settings):
             x = step.x
             yield step
         name, made_with = PurePath(self.model.name).name, self._made_with()
         for seed, pixels in zip(seeds, self.pixels(x), strict=True):
             yield Picture(pixels, replace(request, seed=seed, n=1), name, self.model.hash, made_with)
 
-    def _denoiser(self, request: Request) -> Denoiser:
-        """Bind the network to a request's words, and guide it."""
+    def denoiser(self, request: Request) -> Denoiser:
+        """Bind the network to the words of a resolved request, and guide it."""
         assert request.width is not None
         assert request.height is not None
         assert request.guidance is not None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfumato.text.spelling import Word
 from sfumato.text.tokenizer import Words
 
 STEP = 1.1  # of one pair of parentheses
@@ -107,6 +108,12 @@ def grid(prompts: Sequence[str], words: Words, rows: int = 1) -> tuple[Tensor, T
     cut = [c + empty * (k - len(c)) for c in cut]
     ids = torch.tensor([[chunk.ids for chunk in c] for c in cut])
     return ids, torch.tensor([[chunk.weights for chunk in c] for c in cut])
+
+
+def spell_prompt(prompt: str, words: Words, rows: int = MAX_CHUNKS) -> list[Word]:
+    """The prompt's words, without brackets and weights, with their columns of the encoder's states."""
+    cut = chunks(prompt, words)[:rows]
+    return [word for i, chunk in enumerate(cut) for word in words.spell(chunk.ids, i * words.length)]
 
 
 def weigh(states: Tensor, weights: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from sfumato.errors import BadCheckpoint
+from sfumato.text.spelling import Word, spell
 
 ADDED_WORDS = "sfumato_words.json"  # learned words: how each is written, and its ids
 SETTINGS = {ADDED_WORDS, "tokenizer_config.json", "special_tokens_map.json"}
@@ -51,6 +52,13 @@ class Words:
         for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
             ids += self.added.get(part) or self.tokenizer.encode(part, add_special_tokens=False).ids
         return ids
+
+    def spell(self, row: Sequence[int], first: int = 0) -> list[Word]:
+        """The words in a whole row for the encoder, whose first id stands in column ``first``."""
+        before = 0 if self.start is None else 1
+        ids = row[before:]
+        ids = ids[: ids.index(self.end)] if self.end in ids else ids
+        return spell(self.tokenizer, ids, first + before)
 
     def row(self, ids: list[int]) -> list[int]:
         """A whole row for the encoder: at most ``room`` ids between start and end, padded to ``length``."""

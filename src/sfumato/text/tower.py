@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 
 from sfumato.networks.blocks import Attention, FeedForward, zero
+from sfumato.text.spelling import Word, spell
 
 PAD, END = "<pad>", "<end>"
 
@@ -70,6 +71,10 @@ class TextTower(nn.Module):
     def truncated(self, prompt: str) -> int:
         """Number of a prompt's tokens that do not fit."""
         return max(0, len(self.tokenizer.encode(prompt).ids) - (self.config.max_tokens - 1))
+
+    def spell(self, prompt: str) -> list[Word]:
+        """The prompt's words with their columns of the context; what was cut is left out."""
+        return spell(self.tokenizer, self.tokenizer.encode(prompt).ids[: self.config.max_tokens - 1])
 
     def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Encode token ids (B, M) as context (B, M, D), mask (B, M) and pooled (B, D), the words' mean.

@@ -1,0 +1,163 @@
+"""The path of a picture out of the noise, and the way back: what the network was given at each level, and what it saw.
+
+x_p ─ denoise ─► (x0, ε) ─ mix at q ─► x_q          one frame: level p, x_p, the x0 seen in it
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sfumato.diffusion.level import NoiseLevel, q_sample
+from sfumato.diffusion.schedules import Schedule
+from sfumato.diffusion.spacings import Path
+from sfumato.errors import BadRequest
+from sfumato.inside.attention import Maps, maps, watch
+from sfumato.inside.record import Json, data_url, level_dict, number
+from sfumato.pipeline.picture import Picture, Pixels
+from sfumato.pipeline.pipeline import Pipeline
+from sfumato.pipeline.request import Request
+from sfumato.text.spelling import Word
+
+POINTS = 128  # of a schedule's curve
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One level of a picture's path.
+
+    Args:
+        noisy: x there, decoded; uint8 (H, W, 3).
+        predicted: the x0 that the network saw in it; None at the end, where the network is not called.
+        attention: where the words looked, if it was asked for and the network attends to words.
+    """
+
+    level: NoiseLevel
+    noisy: Pixels
+    predicted: Pixels | None = None
+    attention: Maps | None = None
+
+    def to_dict(self) -> Json:
+        """As JSON; a map is bytes of its share of 1/255, as many as cells."""
+        seen = self.attention
+        return {
+            "level": level_dict(self.level),
+            "noisy": data_url(self.noisy),
+            "predicted": None if self.predicted is None else data_url(self.predicted),
+            "attention": None
+            if seen is None
+            else {
+                "share": seen.share,
+                "mean": [float(m.mean()) for m in seen.maps],
+                "peak": [float(m.max()) for m in seen.maps],
+                "maps": [data_url(_grey(m)) for m in seen.maps],
+            },
+        }
+
+
+def _grey(map: Any) -> Pixels:
+    """A map (h, w) of shares, the largest as 255."""
+    return (map / max(float(map.max()), 1e-12) * 255).round().astype(np.uint8)
+
+
+def trajectory(pipe: Pipeline, request: Request, *, attention: bool = True) -> Iterator[Frame | Picture]:
+    """Yield a frame for each level that a picture visits, the clean one included, then the picture itself.
+
+    The picture is the same to the last bit whether attention is recorded or not.
+    """
+    request = replace(request, n=1).resolve(pipe.model)
+    model, recorder = watch(pipe.model) if attention else (pipe.model, None)
+    watched = Pipeline(model, pipe.batch)
+    words = words_of(pipe, request)
+    path = pipe.path(request)
+    x: Tensor = pipe.initial_noise(request) * math.hypot(path[0].alpha, path[0].sigma)
+    level = path[0]
+    for event in watched.run(request):
+        if isinstance(event, Picture):
+            yield Frame(level, visible(pipe, x, level))
+            yield event
+        else:
+            layers = [] if recorder is None else recorder.take()
+            seen = None if recorder is None else maps(layers, recorder.shape, words)
+            yield Frame(level, visible(pipe, x, level), pipe.pixels(event.preview)[0], seen)
+            level, x = event.level, event.x
+
+
+def words_of(pipe: Pipeline, request: Request) -> list[Word]:
+    """The words of a request's prompt as its model reads them."""
+    return list(pipe.model.words(request.prompt))
+
+
+def visible(pipe: Pipeline, x: Tensor, level: NoiseLevel) -> Pixels:
+    """Decode a noisy x (1, C, h, w), brought back to the size of data where the schedule lets it grow."""
+    return pipe.pixels(x / max(1.0, math.hypot(level.alpha, level.sigma)))[0]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A noise schedule, and the levels that a request visits on it."""
+
+    levels: tuple[NoiseLevel, ...]
+    visited: tuple[NoiseLevel, ...]
+
+    def to_dict(self) -> Json:
+        """As JSON: columns of the curve, and the visited levels."""
+        return {
+            "t": [float(p.t) for p in self.levels],
+            "alpha": [float(p.alpha) for p in self.levels],
+            "sigma": [float(p.sigma) for p in self.levels],
+            "log_snr": [number(p.log_snr) for p in self.levels],
+            "visited": [level_dict(p) for p in self.visited],
+        }
+
+
+def curve(schedule: Schedule, path: Path) -> Curve:
+    """Sample a schedule evenly in time, from its cleanest to its noisiest."""
+    times = np.linspace(schedule.t_min, schedule.t_max, POINTS)
+    return Curve(tuple(schedule(float(t)) for t in times), tuple(path))
+
+
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """A given picture at one level of noise, and what the network sees in it.
+
+    Args:
+        error: root mean square of x0 − predicted x0, in units of x.
+    """
+
+    level: NoiseLevel
+    noisy: Pixels
+    predicted: Pixels
+    error: float
+
+    def to_dict(self) -> Json:
+        """As JSON."""
+        return {
+            "level": level_dict(self.level),
+            "noisy": data_url(self.noisy),
+            "predicted": data_url(self.predicted),
+            "error": self.error,
+        }
+
+
+def forward(pipe: Pipeline, request: Request, x0: Tensor) -> Iterator[Noised]:
+    """Noise a picture as training does, x_t = α·x0 + σ·ε, at each level of a request, and let the network split it.
+
+    Args:
+        x0: the picture as the network sees pictures, (1, C, h, w), of the request's size.
+    """
+    request = replace(request, n=1).resolve(pipe.model)
+    path = pipe.path(request)
+    denoise, eps = pipe.denoiser(request), pipe.initial_noise(request)
+    if x0.shape != eps.shape:
+        raise BadRequest(f"the picture's size is {tuple(x0.shape)}, the request's {tuple(eps.shape)}: give it the same")
+    for level in reversed(path[:-1]):
+        x = q_sample(x0, eps, level)
+        out = denoise(x, level)
+        error = float((out.x0 - x0).square().mean().sqrt())
+        yield Noised(level, visible(pipe, x, level), pipe.pixels(out.x0)[0], error)

@@ -1,0 +1,117 @@
+"""Distances to the converged solution fall at the samplers' orders; forward noise is the closed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.diffusion.schedules import Flow
+from sfumato.errors import BadRequest
+from sfumato.families.model import Model
+from sfumato.inside.compare import Guided, Progress, Run, Solution, guidance, observed_order, samplers
+from sfumato.inside.path import Noised, curve, forward
+from sfumato.pipeline.picture import Picture
+from sfumato.pipeline.pipeline import Pipeline
+from sfumato.pipeline.request import Request
+
+WORDS = "a red apple"
+
+
+class Ideal(nn.Module):
+    """The exact denoiser of pictures whose every number is normal, mean 0.3 and deviation 0.5, in flow form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, x: Tensor, clock: Tensor, **_: Any) -> Tensor:
+        sigma = clock.double()[:, None, None, None]
+        alpha, var = 1 - sigma, 0.25
+        x0 = self.mean + var * alpha / (alpha**2 * var + sigma**2) * (x - alpha * self.mean)
+        return (x - alpha * x0) / sigma - x0
+
+
+@pytest.fixture
+def ideal(tiny: Model) -> Pipeline:
+    return Pipeline(replace(tiny, network=Ideal(), schedule=Flow(t_max=0.98)))
+
+
+def test_distances_fall_with_steps_at_each_samplers_order(ideal: Pipeline) -> None:
+    steps = (20, 40, 80)
+    request = Request(WORDS, seed=4, guidance=1.0, spacing="karras")
+    events = list(samplers(ideal, request, ("euler", "heun", "dpmpp-2m", "ddpm"), steps))
+    (exact,) = [e for e in events if isinstance(e, Solution)]
+    runs = [e for e in events if isinstance(e, Run)]
+    progress = [e for e in events if isinstance(e, Progress)]
+    assert [p.done for p in progress] == list(range(1, len(progress) + 1))
+    assert progress[-1].done == progress[-1].total
+    assert exact.steps == 160
+    orders = {}
+    for name in ("euler", "heun", "dpmpp-2m", "ddpm"):
+        own = [r for r in runs if r.sampler == name]
+        assert [r.steps for r in own] == list(steps)
+        assert all(r.calls == r.steps * (2 if name == "heun" else 1) for r in own)
+        orders[name] = observed_order(steps, [r.distance for r in own], exact.uncertainty)
+    assert orders["euler"] == pytest.approx(1, abs=0.15)
+    assert orders["heun"] == pytest.approx(2, abs=0.3)
+    assert orders["dpmpp-2m"] == pytest.approx(2, abs=0.35)
+    assert all(r.stochastic == (r.sampler == "ddpm") for r in runs)
+    # The solution of this ODE in closed form: what x holds beyond its mean, scaled to the data's deviation.
+    start = ideal.path(request)[0]
+    x = ideal.initial_noise(request) * math.hypot(start.alpha, start.sigma)
+    expected = 0.3 + 0.5 * (x - 0.3 * start.alpha) / math.sqrt(0.25 * start.alpha**2 + start.sigma**2)
+    torch.testing.assert_close(exact.x, expected, atol=3 * exact.uncertainty, rtol=0)
+
+
+def test_observed_order_of_a_power_and_of_too_little() -> None:
+    assert observed_order([1, 2, 4], [3.0, 0.75, 0.1875]) == pytest.approx(2)
+    assert observed_order([1, 2, 4], [3.0, 1e-9, 1e-9], floor=1e-6) is None
+
+
+def test_guidance_sweeps_the_same_noise(tiny: Model) -> None:
+    pipe = Pipeline(tiny)
+    request = Request(WORDS, seed=2, steps=2, negative="blue", guidance_rescale=0.3)
+    swept = [e for e in guidance(pipe, request, (1.0, 2.0, 8.0)) if isinstance(e, Guided)]
+    assert [g.guidance for g in swept] == [1, 2, 8]
+    for g, asked in zip(
+        swept,
+        [Request(WORDS, seed=2, steps=2, guidance=1.0), *(replace(request, guidance=w) for w in (2.0, 8.0))],
+        strict=True,
+    ):
+        (plain,) = [e for e in pipe.run(asked) if isinstance(e, Picture)]
+        assert np.array_equal(g.pixels, plain.pixels)
+        assert g.contrast == pytest.approx(plain.pixels.std())
+    with pytest.raises(BadRequest, match="distilled"):
+        next(guidance(Pipeline(replace(tiny, distilled=True)), request))
+
+
+def test_forward_noise_is_the_closed_form_and_the_ideal_denoiser_errs_as_much_as_it_must(ideal: Pipeline) -> None:
+    """The posterior's deviation is s·σ/√(α²s² + σ²): no denoiser can do better, and this one does as well."""
+    request = Request(WORDS, seed=9, steps=5, guidance=1.0, width=64, height=64)
+    x0 = 0.3 + 0.5 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    noised = [e for e in forward(ideal, request, x0) if isinstance(e, Noised)]
+    levels = ideal.path(request)[:-1]
+    assert [n.level for n in noised] == list(reversed(levels))
+    for n in noised:
+        alpha, sigma = n.level.alpha, n.level.sigma
+        posterior = 0.5 * sigma / (alpha**2 * 0.25 + sigma**2) ** 0.5
+        assert n.error == pytest.approx(posterior, rel=0.05)
+    with pytest.raises(BadRequest, match="size"):
+        next(forward(ideal, request, x0[..., :32]))
+
+
+def test_a_schedules_curve_and_the_levels_on_it(tiny: Model) -> None:
+    request = Request(WORDS, steps=4, seed=0)
+    path = Pipeline(tiny).path(request)
+    drawn = curve(tiny.schedule, path)
+    told = drawn.to_dict()
+    assert told["visited"][-1]["log_snr"] is None, "infinite, which JSON cannot say"
+    np.testing.assert_allclose(np.add(told["alpha"], told["sigma"]), 1)
+    assert (np.diff(told["t"]) > 0).all()
+    assert len(told["visited"]) == 5
