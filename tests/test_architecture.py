@@ -21,7 +21,8 @@ ROOMS: dict[str, set[str]] = {
     "inside": {"pipeline", "families", "networks", "text", "diffusion"},
     "training": {"diffusion", "networks", "text", "checkpoints", "families", "data"},
     "evaluation": {"pipeline", "families", "checkpoints", "data"},
-    "cli": {"pipeline", "training", "evaluation", "families", "checkpoints", "diffusion", "data"},
+    "server": {"pipeline", "families", "diffusion"},
+    "cli": {"pipeline", "training", "evaluation", "server", "families", "checkpoints", "diffusion", "data"},
     "__init__": {"pipeline"},
     "__main__": {"cli"},
 }

@@ -33,6 +33,7 @@ FORWARDED = {  # command → module whose ``main(argv) -> int`` reads the comman
     "evaluate": ("sfumato.evaluation.cli", "measure a model against real pictures"),
     "convert": ("sfumato.families.convert", "turn a published folder into a single file, or the other way"),
     "data": ("sfumato.data.cli", "check a data set, or rebuild the corpus"),
+    "serve": ("sfumato.server.cli", "serve pictures over HTTP"),
 }
 
 
@@ -356,47 +357,27 @@ def _header_facts(header: Header) -> dict[str, Any]:
 
 
 def _samplers(args: argparse.Namespace) -> int:
-    from sfumato.diffusion import GUIDANCE, SAMPLERS, SPACINGS
+    from sfumato.pipeline.menu import menu
 
-    samplers = [
-        {
-            "name": s.name,
-            "order": s.order,
-            "calls": s.calls,
-            "stochastic": s.stochastic,
-            "settings": s.settings,
-            "aliases": list(s.aliases),
-            "summary": s.summary,
-        }
-        for s in SAMPLERS.values()
-    ]
-    spacings = [
-        {"name": s.name, "settings": s.settings, "aliases": list(s.aliases), "summary": s.summary}
-        for s in SPACINGS.values()
-    ]
-    guidance = [{"name": name, "summary": _first_sentence(g.__doc__)} for name, g in GUIDANCE.items()]
+    choices = menu()
     if args.json:
-        _print_json({"samplers": samplers, "spacings": spacings, "guidance": guidance})
+        _print_json(choices)
         return 0
     print("samplers            order  calls  noise  what it does (other names)")
-    for s in samplers:
+    for s in choices["samplers"]:
         noise = "yes" if s["stochastic"] else ""
         print(f"  {s['name']:<18} {s['order'] or '-':>3} {s['calls']:>6}    {noise:<4} {_described(s)}")
     print("\nspacings")
-    for s in spacings:
+    for s in choices["spacings"]:
         print(f"  {s['name']:<18} {_described(s)}")
     print("\nguidance")
-    for g in guidance:
+    for g in choices["guidance"]:
         print(f"  {g['name']:<18} {g['summary']}")
     return 0
 
 
 def _described(thing: dict[str, Any]) -> str:
     return thing["summary"] + (f" ({', '.join(thing['aliases'])})" if thing["aliases"] else "")
-
-
-def _first_sentence(doc: str | None) -> str:
-    return (doc or "").strip().split("\n")[0].rstrip(".")
 
 
 # ── output ─────────────────────────────────────────────────────────────────────────────────────────────

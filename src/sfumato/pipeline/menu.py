@@ -1,0 +1,33 @@
+"""What a request can choose from: samplers, spacings, guidance, as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def menu() -> dict[str, list[dict[str, Any]]]:
+    """Samplers, spacings and guidance with their settings and other programs' names for them."""
+    from sfumato.diffusion import GUIDANCE, SAMPLERS, SPACINGS
+
+    samplers = [
+        {
+            "name": s.name,
+            "order": s.order,
+            "calls": s.calls,
+            "stochastic": s.stochastic,
+            "settings": s.settings,
+            "aliases": list(s.aliases),
+            "summary": s.summary,
+        }
+        for s in SAMPLERS.values()
+    ]
+    spacings = [
+        {"name": s.name, "settings": s.settings, "aliases": list(s.aliases), "summary": s.summary}
+        for s in SPACINGS.values()
+    ]
+    guidance = [{"name": name, "summary": _first_sentence(g.__doc__)} for name, g in GUIDANCE.items()]
+    return {"samplers": samplers, "spacings": spacings, "guidance": guidance}
+
+
+def _first_sentence(doc: str | None) -> str:
+    return (doc or "").strip().split("\n")[0].rstrip(".")

@@ -1,0 +1,1 @@
+"""Pictures over HTTP: a durable queue, workers that batch across requests, a gallery of files, three dialects."""

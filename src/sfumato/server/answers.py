@@ -1,0 +1,104 @@
+"""Bodies in and errors out, for every dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from typing import Any, NoReturn
+
+from sqlalchemy.exc import DatabaseError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from sfumato.errors import BadData, BadRequest, SfumatoError
+from sfumato.server.errors import ApiError, fail
+from sfumato.server.logs import logger, request_id
+from sfumato.server.queue import reason_of
+from sfumato.server.settings import NESTING
+
+BODY_SECONDS = 60.0  # for a body to arrive
+TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)  # strings, and brackets outside of them
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a request, which the guard keeps within bounds; raises ApiError if it comes too slowly."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.body()
+    except TimeoutError:
+        fail(408, "the body did not arrive in time", "bad_request")
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object; raises ApiError for what is none, too deep, or holds numbers that JSON has not."""
+    body = await read_body(request)
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        fail(415, "the body must be application/json")
+    try:
+        text = body.decode()
+        check_nesting(text)
+        value = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        fail(400, "the body is not valid JSON, or too deeply nested")
+    if not isinstance(value, dict):
+        fail(422, "the body must be a JSON object")
+    return value
+
+
+def check_nesting(text: str) -> None:
+    """Raise ValueError if brackets outside of strings nest deeper than the limit."""
+    depth = 0
+    for match in TOKEN.finditer(text):
+        if (c := match[0]) in "[{":
+            depth += 1
+            if depth > NESTING:
+                raise ValueError("too deep")
+        elif c in "]}":
+            depth -= 1
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any error as what the client is told of it; what is not the client's affair is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, (BadRequest, BadData)):
+        return ApiError(422, " ".join(str(error).split()))
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, "there is no such thing here" if error.status_code == 404 else error.detail)
+    if isinstance(error, ClientDisconnect):
+        return ApiError(400, "the client went away")
+    if isinstance(error, DatabaseError):
+        logger.error("database", extra={"facts": {"reason": reason_of(error)}})
+        return ApiError(503, "the queue's database cannot be used at the moment", retry_after=5)
+    if isinstance(error, SfumatoError):
+        logger.error("no resources", exc_info=error)
+        return ApiError(503, "the server lacks what this needs; its log says more", retry_after=10)
+    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return ApiError(507, "the server's disk is full")
+    logger.log(logging.ERROR, "unexpected", exc_info=error)
+    return ApiError(500, "something unexpected happened; the server's log says what, under this request's id")
+
+
+def error_response(path: str, error: Exception) -> Response:
+    """An error in the form of the dialect that a path belongs to."""
+    e = as_api_error(error)
+    headers = {} if e.retry_after is None else {"Retry-After": str(e.retry_after)}
+    if e.status == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="sfumato", charset="UTF-8"'
+    if path.startswith("/v1/"):
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            e.status, "invalid_request_error" if e.status < 500 else "server_error"
+        )
+        body: dict[str, Any] = {"error": {"message": e.message, "type": kind, "param": None, "code": e.code}}
+    elif path.startswith("/sdapi/"):
+        body = {"error": e.code, "detail": e.message, "body": "", "errors": e.message}
+    else:
+        body = {"error": {"code": e.code, "message": e.message, "request_id": request_id.get()}}
+    return JSONResponse(body, e.status, headers)

@@ -1,0 +1,74 @@
+"""The app: every dialect's routes over one context, behind one guard."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from sfumato.server import routes
+from sfumato.server.answers import error_response
+from sfumato.server.context import Context
+from sfumato.server.errors import ApiError
+from sfumato.server.guard import Guard
+from sfumato.server.metrics import Metrics
+
+STATIC = Path(__file__).parent / "static"
+PAGE = "sfumato.server.studio"  # the page's own routes
+
+
+def build_app(context: Context) -> Any:
+    """Return the ASGI app of a context; its life begins and ends with the app's."""
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        await context.start()
+        try:
+            yield
+        finally:
+            await context.stop()
+
+    from sfumato import __version__
+
+    app = FastAPI(title="Sfumato", version=__version__, docs_url=None, redoc_url=None, lifespan=life)
+    metrics = Metrics(
+        context.queue.counts,
+        lambda: (sum(w.ready for w in context.supervisor.workers), sum(w.lives for w in context.supervisor.workers)),
+    )
+    context.seconds_of_jobs = metrics.job
+    app.include_router(routes.routes(context))
+    for name in ("openai", "a1111"):
+        app.include_router(importlib.import_module(f"sfumato.server.{name}").routes(context))
+    if importlib.util.find_spec(PAGE) is not None:
+        app.include_router(importlib.import_module(PAGE).routes(context))
+
+    @app.get("/metrics", summary="Prometheus metrics", tags=["operations"])
+    async def scrape() -> Response:
+        return Response(await context.db(metrics.text), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    if (STATIC / "index.html").is_file():
+        app.mount("/static", StaticFiles(directory=STATIC), "static")
+
+        @app.get("/", include_in_schema=False)
+        async def page() -> FileResponse:
+            return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
+
+    for kind in (ApiError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _answer)
+    return Guard(app, context.settings, metrics.seen)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):  # of a query; its values are not repeated
+        first = error.errors()[0]
+        error = ApiError(422, f"{'.'.join(str(p) for p in first['loc'][1:])}: {first['msg']}")
+    return error_response(request.url.path, error)

@@ -1,0 +1,178 @@
+"""Our own dialect: jobs, pictures, and what there is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+
+from sfumato.server.answers import read_body, read_json
+from sfumato.server.context import Context, model_json
+from sfumato.server.errors import fail
+from sfumato.server.gallery import NAME
+from sfumato.server.queue import STATES
+from sfumato.server.schema import body_of, job_body
+from sfumato.server.settings import JSON_BYTES, UPLOAD_BYTES
+from sfumato.server.uploads import PICTURES, read_upload
+
+KEEP_ALIVE = 10.0  # seconds of silence before a comment is sent
+PAGE = 500  # entries of a list at most
+
+
+def client_of(request: Request) -> str:
+    """By whom a request is, for fairness: what the client calls itself, or its address."""
+    given = request.headers.get("x-client-id", "")
+    return given if NAME.fullmatch(given) else request.client.host if request.client else "-"
+
+
+def routes(context: Context) -> APIRouter:
+    """The routes of our own dialect."""
+    router = APIRouter()
+
+    # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @router.post("/jobs", status_code=202, summary="Ask for pictures", tags=["jobs"], openapi_extra=body_of(job_body()))
+    async def submit(request: Request) -> JSONResponse:
+        settings = await read_json(request)
+        model = settings.pop("model", None)
+        settings = {k: v for k, v in settings.items() if v is not None}
+        job = await context.submit("jobs", client_of(request), settings, model)
+        return JSONResponse(await context.describe(job), 202, {"Location": f"/jobs/{job.id}"})
+
+    @router.get("/jobs", summary="Jobs, the newest first", tags=["jobs"])
+    async def list_jobs(state: str | None = None, limit: int = 50, before: str | None = None) -> JSONResponse:
+        states = STATES if state is None else tuple(state.split(","))
+        if not set(states) <= set(STATES):
+            fail(422, f"state must be some of {', '.join(STATES)}, with commas between")
+        _check_page(limit)
+        jobs = await context.db(context.queue.list, states, limit + 1, before)
+        more = jobs[limit - 1].id if len(jobs) > limit else None
+        return JSONResponse({"jobs": [await context.describe(job) for job in jobs[:limit]], "next": more})
+
+    @router.get("/jobs/{id}", summary="A job", tags=["jobs"])
+    async def get_job(id: str) -> JSONResponse:
+        job = await context.db(context.queue.find, id)
+        return JSONResponse(await context.describe(job or fail(404, "there is no such job")))
+
+    @router.delete("/jobs/{id}", summary="Cancel a job", tags=["jobs"])
+    async def cancel(id: str) -> JSONResponse:
+        return JSONResponse(await context.describe(await context.cancel(id)))
+
+    @router.get("/jobs/{id}/events", summary="Follow a job: server-sent events", tags=["jobs"])
+    async def events(id: str) -> StreamingResponse:
+        if await context.db(context.queue.find, id) is None:
+            fail(404, "there is no such job")
+        return event_stream(_named(context.watch(id, previews=True)))
+
+    # ── pictures ─────────────────────────────────────────────────────────────────────────────────────
+
+    @router.get("/pictures", summary="The gallery, the newest first", tags=["pictures"])
+    async def list_pictures(
+        q: str = "", model: str | None = None, limit: int = 50, before: str | None = None
+    ) -> JSONResponse:
+        _check_page(limit)
+        found, total = await asyncio.to_thread(context.gallery.search, q[:1000], model, limit + 1, before)
+        more = found[limit - 1].id if len(found) > limit else None
+        return JSONResponse({"pictures": [e.to_json() for e in found[:limit]], "total": total, "next": more})
+
+    @router.get("/pictures/{id}.png", summary="A picture's file", tags=["pictures"])
+    async def picture_file(id: str) -> FileResponse:
+        path = context.gallery.path(id) or fail(404, "there is no such picture")
+        return FileResponse(
+            path, media_type="image/png", headers={"Cache-Control": "private, max-age=31536000, immutable"}
+        )
+
+    @router.get("/pictures/{id}", summary="What is known of a picture", tags=["pictures"])
+    async def picture(id: str) -> JSONResponse:
+        entry = await asyncio.to_thread(context.gallery.get, id)
+        return JSONResponse((entry or fail(404, "there is no such picture")).to_json())
+
+    @router.delete("/pictures/{id}", status_code=204, summary="Delete a picture", tags=["pictures"])
+    async def delete_picture(id: str) -> Response:
+        if not await asyncio.to_thread(context.gallery.delete, id):
+            fail(404, "there is no such picture")
+        return Response(status_code=204)
+
+    @router.post(
+        "/pictures/info", summary="Read the request inside a PNG", tags=["pictures"], openapi_extra=body_of(*PICTURES)
+    )
+    async def info(request: Request) -> JSONResponse:
+        from sfumato.server.metadata import describe_png
+
+        data = await read_body(request)
+        return JSONResponse(await asyncio.to_thread(describe_png, data))
+
+    @router.post(
+        "/uploads",
+        status_code=201,
+        summary="Send a picture to start from",
+        tags=["pictures"],
+        openapi_extra=body_of(*PICTURES),
+    )
+    async def upload(request: Request) -> JSONResponse:
+        data = await read_body(request)
+        return JSONResponse(await asyncio.to_thread(read_upload, context.settings, data), 201)
+
+    @router.get("/uploads/{id}.png", summary="A picture that was sent", tags=["pictures"])
+    async def upload_file(id: str) -> FileResponse:
+        path = context.settings.uploads / f"{id}.png"
+        if not NAME.fullmatch(id) or not path.is_file():
+            fail(404, "there is no such upload")
+        return FileResponse(path, media_type="image/png")
+
+    # ── what there is ────────────────────────────────────────────────────────────────────────────────
+
+    @router.get("/models", summary="Models, the default first", tags=["what there is"])
+    async def models() -> JSONResponse:
+        known = [context.models[name] for name in context.sources if name in context.models]
+        return JSONResponse({"models": [model_json(m, m.name == context.default_model) for m in known]})
+
+    @router.get("/samplers", summary="Samplers, spacings, guidance", tags=["what there is"])
+    async def samplers() -> JSONResponse:
+        from sfumato.pipeline.menu import menu
+
+        return JSONResponse(menu())
+
+    @router.get("/limits", summary="What one request may ask for at most", tags=["what there is"])
+    async def limits() -> JSONResponse:
+        return JSONResponse({**vars(context.settings.limits), "upload_bytes": UPLOAD_BYTES, "json_bytes": JSON_BYTES})
+
+    @router.get("/livez", summary="Whether the server is alive", tags=["operations"])
+    async def livez() -> JSONResponse:
+        return JSONResponse({"live": True})
+
+    @router.get("/readyz", summary="Whether pictures can be made", tags=["operations"])
+    async def readyz() -> JSONResponse:
+        reason = context.ready
+        return JSONResponse({"ready": reason is None, **({"reason": reason} if reason else {})}, 503 if reason else 200)
+
+    return router
+
+
+async def _named(events: AsyncIterator[tuple[str, dict[str, Any]]]) -> AsyncIterator[str]:
+    async for event, data in events:
+        yield f"event: {event}\ndata: {json.dumps(data)}\n\n" if event else ""
+
+
+def event_stream(parts: AsyncIterator[str]) -> StreamingResponse:
+    """Send server-sent events as they come; an empty one keeps the line open once in a while."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_kept_alive(parts), media_type="text/event-stream", headers=headers)
+
+
+async def _kept_alive(parts: AsyncIterator[str]) -> AsyncIterator[str]:
+    loop = asyncio.get_running_loop()
+    last = loop.time()
+    async for part in parts:
+        if part or loop.time() - last > KEEP_ALIVE:
+            last = loop.time()
+            yield part or ": still here\n\n"
+
+
+def _check_page(limit: int) -> None:
+    if not 1 <= limit <= PAGE:
+        fail(422, f"limit must be a whole number from 1 to {PAGE}")

@@ -1,0 +1,113 @@
+"""What a server is started with."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sfumato.errors import BadRequest
+
+PORT = 7860  # where programs look for a server of pictures
+JSON_BYTES = 1 << 20
+UPLOAD_BYTES = 32 << 20
+JSON_PICTURE_BYTES = 44 << 20  # an upload in base64, and its request
+HEADER_BYTES = 16 << 10
+NESTING = 32
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for at most.
+
+    Args:
+        pixels: width × height of one picture; a model's own bound may be lower.
+        steps: steps from noise to picture.
+        n: pictures.
+        work: pixels × steps × n.
+        queue: jobs that wait.
+    """
+
+    pixels: int = 1 << 22
+    steps: int = 200
+    n: int = 32
+    work: int = 1 << 31
+    queue: int = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server's settings.
+
+    Args:
+        folder: where pictures, uploads and the queue live.
+        models: names or files of the models to serve, the default first; empty: the embedded ones.
+        host, port: where to listen; port 0 takes any free one.
+        hosts: further names under which the server may be addressed.
+        database: SQLAlchemy's URL of the queue; None: SQLite in the folder.
+        batch: pictures of all jobs that share a call of the network; 1 makes them bitwise what they are alone.
+        workers: worker processes; ``threads`` each, 0: the cores shared evenly.
+        loader: ``module:function`` that turns a model's name into a model, in the worker.
+        lease: seconds after which another server may take a job whose server is silent.
+        drain: seconds that running jobs get to finish when the server is told to stop.
+    """
+
+    folder: Path
+    models: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = PORT
+    hosts: tuple[str, ...] = ()
+    token: str | None = field(default=None, repr=False)
+    database: str | None = field(default=None, repr=False)
+    limits: Limits = field(default_factory=Limits)
+    batch: int = 16
+    workers: int = 1
+    threads: int = 0
+    loader: str = "sfumato.families:load"
+    lease: float = 30.0
+    drain: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.token and not is_loopback(self.host):
+            raise BadRequest(
+                f"{self.host} can be reached by other machines: set a token, by SFUMATO_TOKEN or --token-file"
+            )
+        for name, low, high in (("batch", 1, 256), ("workers", 1, 64), ("threads", 0, 1024), ("port", 0, 65535)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise BadRequest(f"{name} must be a whole number from {low} to {high}, not {value}")
+        for name, value in vars(self.limits).items():
+            if value < 1:
+                raise BadRequest(f"the limit on {name} must be at least 1, not {value}")
+
+    @property
+    def pictures(self) -> Path:
+        """The gallery's folder."""
+        return self.folder / "pictures"
+
+    @property
+    def uploads(self) -> Path:
+        """The folder of pictures that clients sent."""
+        return self.folder / "uploads"
+
+    @property
+    def database_url(self) -> str:
+        """The queue's URL."""
+        return self.database or f"sqlite:///{self.folder / 'queue.db'}"
+
+    @property
+    def threads_per_worker(self) -> int:
+        """Threads for one worker's arithmetic."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.threads or max(1, cores // self.workers)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
