@@ -1,4 +1,4 @@
-"""The gallery: a folder of PNG files that carry their requests. The files are the truth; what is kept here is an index."""
+"""The gallery: a folder of PNG files that carry their requests. The files are the truth, the rest an index."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Gallery:
     def search(
         self, words: str = "", model: str | None = None, limit: int = 50, before: str | None = None
     ) -> tuple[list[Entry], int]:
-        """The newest pictures in which every word occurs, older than another if wanted; and how many there are in all."""
+        """The newest pictures in which every word occurs, older than another if wanted; and how many in all."""
         wanted = words.lower().split()
         with self._lock:
             found = [

@@ -45,7 +45,8 @@ def describe_png(data: bytes) -> dict[str, Any]:
         name = ignored.get("Model")
         model = None if name is None else {"name": name, "hash": ignored.get("Model hash", "")}
         return {
-            "source": "a1111", "request": settings, "model": model, "ignored": ignored, "width": width, "height": height,
+            "source": "a1111", "request": settings, "model": model, "ignored": ignored,
+            "width": width, "height": height,
         }  # fmt: skip
     raise BadData("no request inside: it was not made by sfumato or AUTOMATIC1111, or its text was stripped")
 

@@ -24,11 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger, Boolean, Column, Connection, Float, Index, Integer, MetaData, String, Table, Text, and_, create_engine, event, func, insert,
-    or_, select, update,
-)  # fmt: skip
-from sqlalchemy import delete as delete_from
+import sqlalchemy as sa
+from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, String, Text, and_, func, or_, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 
@@ -40,8 +37,8 @@ ATTEMPTS = 2  # a job whose worker died is tried once more
 KEPT = 10_000  # jobs that have ended; older ones are only counted
 BUSY = 5.0  # seconds to wait for another process's lock on the database
 
-_metadata = MetaData()
-_jobs = Table(
+_metadata = sa.MetaData()
+_jobs = sa.Table(
     "jobs",
     _metadata,
     Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
@@ -62,10 +59,10 @@ _jobs = Table(
     Column("finished", Float),
     Column("error", Text),
     Column("pictures", Text, nullable=False, default="[]"),
-    Index("jobs_by_turn", "state", "turn", "seq"),
-    Index("jobs_by_client", "client", "turn"),
+    sa.Index("jobs_by_turn", "state", "turn", "seq"),
+    sa.Index("jobs_by_client", "client", "turn"),
 )
-_totals = Table(  # of jobs that are no longer kept; its rows are also what submissions lock
+_totals = sa.Table(  # of jobs that are no longer kept; its rows are also what submissions lock
     "totals", _metadata, Column("state", String(10), primary_key=True), Column("number", BigInteger, nullable=False)
 )
 
@@ -131,7 +128,7 @@ class Queue:
             parsed = make_url(url)
             self._sqlite = parsed.get_backend_name() == "sqlite"
             arguments = {"timeout": BUSY, "check_same_thread": False} if self._sqlite else {}
-            self._engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not self._sqlite)
+            self._engine = sa.create_engine(parsed, connect_args=arguments, pool_pre_ping=not self._sqlite)
         except (ArgumentError, NoSuchModuleError, ImportError) as e:
             raise BadRequest(
                 f"the database's URL cannot be used ({type(e).__name__}): see SQLAlchemy's database URLs"
@@ -147,7 +144,7 @@ class Queue:
                 known = set(connection.scalars(select(_totals.c.state)))
                 for state in STATES:
                     if state not in known:
-                        connection.execute(insert(_totals).values(state=state, number=0))
+                        connection.execute(sa.insert(_totals).values(state=state, number=0))
         except DatabaseError as e:
             raise NoResources(f"the queue's database cannot be used: {reason_of(e)}") from None
 
@@ -173,10 +170,12 @@ class Queue:
             served = db.scalar(select(func.max(_jobs.c.turn)).where(_jobs.c.started.is_not(None))) or 0.0
             last = db.scalar(select(func.max(_jobs.c.turn)).where(_jobs.c.client == client)) or 0.0
             row = {
-                "id": new_id(), "origin": origin, "client": client, "model": model, "request": json.dumps(request), "cost": cost,
-                "turn": max(served, last) + cost, "state": "queued", "attempts": 0, "cancelling": False, "created": time.time(), "pictures": "[]",
+                "id": new_id(), "origin": origin, "client": client, "model": model,
+                "request": json.dumps(request), "cost": cost,
+                "turn": max(served, last) + cost, "state": "queued", "attempts": 0,
+                "cancelling": False, "created": time.time(), "pictures": "[]",
             }  # fmt: skip
-            db.execute(insert(_jobs).values(row))
+            db.execute(sa.insert(_jobs).values(row))
             return _get(db, row["id"])
 
     def cancel(self, id: str) -> Job | None:
@@ -219,7 +218,7 @@ class Queue:
             return _find(db, id) if done.rowcount else None
 
     def lost(self, id: str, reason: str) -> Job | None:
-        """The worker died over a job: let it be tried again, or fail it with the reason; a cancelled one is done with."""
+        """The worker died over a job: let it be tried again, or fail it; a cancelled one is done with."""
         with self._writing() as db:
             job = _find(db, id)
             if job is None or job.owner != self.owner or job.state != "running":
@@ -345,10 +344,10 @@ class Queue:
                 select(_jobs.c.state, func.count()).where(old).group_by(_jobs.c.state)
             ).all():
                 db.execute(update(_totals).where(_totals.c.state == state).values(number=_totals.c.number + number))
-            db.execute(delete_from(_jobs).where(old))
+            db.execute(sa.delete(_jobs).where(old))
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def _writing(self) -> Iterator[sa.Connection]:
         """One transaction at a time among all that write."""
         with self._engine.begin() as db:
             if not self._sqlite:  # whose transactions take its only lock when they begin
@@ -361,7 +360,7 @@ def reason_of(error: DatabaseError) -> str:
     return str(error.orig).splitlines()[0] if error.orig is not None and str(error.orig) else type(error).__name__
 
 
-def _requeue(db: Connection, which: Any) -> int:
+def _requeue(db: sa.Connection, which: Any) -> int:
     """Put running jobs back; those that were to be cancelled are."""
     running = and_(which, _jobs.c.state == "running")
     free = {"owner": None, "lease": None}
@@ -376,12 +375,12 @@ def _requeue(db: Connection, which: Any) -> int:
     )
 
 
-def _find(db: Connection, id: str) -> Job | None:
+def _find(db: sa.Connection, id: str) -> Job | None:
     row = db.execute(select(_jobs).where(_jobs.c.id == id)).first()
     return None if row is None else _job(row)
 
 
-def _get(db: Connection, id: str) -> Job:
+def _get(db: sa.Connection, id: str) -> Job:
     job = _find(db, id)
     assert job is not None
     return job
@@ -397,12 +396,12 @@ def _job(row: Any) -> Job:
 def _tune_sqlite(engine: Any) -> None:
     """WAL, every commit on disk, and transactions that take the lock when they begin."""
 
-    @event.listens_for(engine, "connect")
+    @sa.event.listens_for(engine, "connect")
     def connect(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # the module's own way of beginning transactions is too late
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
 
-    @event.listens_for(engine, "begin")
+    @sa.event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")

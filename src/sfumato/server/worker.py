@@ -212,7 +212,7 @@ class Worker:
 
     def _computation(self, order: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bytes]]:
         module, _, name = order["function"].partition(":")
-        if not module.startswith("sfumato."):
+        if module.split(".")[0] != "sfumato":
             raise BadRequest("a computation is a function of this package")
         self._model(order["model"])
         assert self._lockstep is not None
