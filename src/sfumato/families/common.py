@@ -18,6 +18,7 @@ from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterizat
 from sfumato.diffusion.schedules import Discrete, from_betas, linear, scaled_linear
 from sfumato.errors import BadCheckpoint
 from sfumato.families.configs import autoencoder_config, clip_config, t5_config, tiny_autoencoder_config
+from sfumato.families.model import Model
 from sfumato.networks.autoencoder import Autoencoder, TinyAutoencoder
 from sfumato.text.clip import CLIPText
 from sfumato.text.prompt import chunks, grid, spell_prompt, weigh
@@ -211,7 +212,37 @@ def probe(network: nn.Module, level: NoiseLevel, channels: int, conditioning: Ma
     return name, f"on pure noise the output correlates by {alike:.2f} with the input"
 
 
-def card(model: Published, prediction: str, **more: str) -> dict[str, str]:
+def assemble(
+    model: Published,
+    name: str,
+    family: str,
+    network: nn.Module,
+    vae: Autoencoder | TinyAutoencoder,
+    prediction: str,
+    facts: Mapping[str, str] | None = None,
+    **own: Any,
+) -> Model:
+    """The record of a model over an autoencoder's latents: what all recipes fill alike, and their ``own`` fields.
+
+    Args:
+        prediction: what the network's output means, and why that is known.
+        facts: more for the card.
+        own: fields of ``Model``.
+    """
+    factor = vae.config.factor
+    return Model(
+        name=name,
+        family=family,
+        path=model.path,
+        hash=model.fingerprint(),
+        network=network,
+        decode=decoder(vae),
+        card={**card(model, prediction), **(facts or {})},
+        **{"channels": vae.config.latent_channels, "factor": factor, "multiple": factor, **own},
+    )
+
+
+def card(model: Published, prediction: str) -> dict[str, str]:
     """What ``sfumato info`` tells of a published model."""
     count = sum(len(t) for t in model.tensors.values())
     return {
@@ -222,7 +253,6 @@ def card(model: Published, prediction: str, **more: str) -> dict[str, str]:
         "stored as": model.dtypes,
         "parameters": f"{model.parameters / 1e6:.1f} M",
         "size": f"{model.size / 2**20:.0f} MiB",
-        **more,
     }
 
 
@@ -232,9 +262,9 @@ def usual_spacing(config: Json) -> str:
     return spacing if spacing in ("leading", "trailing", "linspace") else "leading"
 
 
-def spacing_settings(config: Json) -> Mapping[str, Mapping[str, float]]:
-    """The settings of spacings that a scheduler's configuration states."""
-    return {"leading": {"offset": float(config.get("steps_offset", 0))}}
+def spacings(config: Json) -> Callable[[int, int], Mapping[str, Mapping[str, float]]]:
+    """The settings of spacings that a scheduler's configuration states, at any size of picture."""
+    return lambda width, height: {"leading": {"offset": float(config.get("steps_offset", 0))}}
 
 
 def few_steps(config: Json) -> bool:

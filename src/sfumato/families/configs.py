@@ -6,7 +6,8 @@ A setting that would change the network, and that the network cannot follow, is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from sfumato.errors import BadCheckpoint
 from sfumato.networks.autoencoder import AutoencoderConfig, TinyAutoencoderConfig
@@ -18,39 +19,24 @@ from sfumato.text.clip import CLIPConfig
 from sfumato.text.t5 import T5Config
 
 Json = Mapping[str, Any]
-T = TypeVar("T")
+P, T = ParamSpec("P"), TypeVar("T")
 
 
-def sd_unet_config(raw: Json) -> SDUNetConfig:
-    """The U-Net of Stable Diffusion, from a ``UNet2DConditionModel``'s configuration."""
-    return _read("U-Net", raw, _sd_unet)
+def _reader(what: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Let a reader of configurations refuse by BadCheckpoint whatever it stumbles over, saying of what it was."""
 
+    def decorate(read: Callable[P, T]) -> Callable[P, T]:
+        @wraps(read)
+        def reader(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return read(*args, **kwargs)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as e:
+                reason = f"{type(e).__name__}: {e}"
+                raise BadCheckpoint(f"the {what}'s configuration cannot be followed: {reason}") from None
 
-def autoencoder_config(raw: Json) -> AutoencoderConfig:
-    """The KL autoencoder, from an ``AutoencoderKL``'s configuration."""
-    return _read("autoencoder", raw, _autoencoder)
+        return reader
 
-
-def tiny_autoencoder_config(raw: Json) -> TinyAutoencoderConfig:
-    """The tiny autoencoder, from an ``AutoencoderTiny``'s configuration."""
-    return _read("tiny autoencoder", raw, _tiny_autoencoder)
-
-
-def clip_config(raw: Json, projected: bool) -> CLIPConfig:
-    """CLIP's text tower, from a ``CLIPTextModel``'s configuration, with its projection or without."""
-    return _read("text tower", raw, lambda c: _clip(c, projected))
-
-
-def t5_config(raw: Json) -> T5Config:
-    """T5's encoder, from a ``T5EncoderModel``'s configuration."""
-    return _read("T5 encoder", raw, _t5)
-
-
-def _read(what: str, raw: Json, build: Callable[[Json], T]) -> T:
-    try:
-        return build(raw)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as e:
-        raise BadCheckpoint(f"the {what}'s configuration cannot be followed: {type(e).__name__}: {e}") from None
+    return decorate
 
 
 def _only(raw: Json, **allowed: Any) -> None:
@@ -72,7 +58,9 @@ def _depths(types: Any, attentive: str, plain: str, layers: tuple[Any, ...]) -> 
     return tuple(int(depth) if t == attentive else 0 for t, depth in zip(types, layers, strict=True))
 
 
-def _sd_unet(c: Json) -> SDUNetConfig:
+@_reader("U-Net")
+def sd_unet_config(c: Json) -> SDUNetConfig:
+    """The U-Net of Stable Diffusion, from a ``UNet2DConditionModel``'s configuration."""
     _only(
         c, act_fn=("silu", "swish"), center_input_sample=False, class_embed_type=None, dual_cross_attention=False,
         encoder_hid_dim_type=None, encoder_hid_dim=None, resnet_time_scale_shift="default",
@@ -115,7 +103,9 @@ def _sd_unet(c: Json) -> SDUNetConfig:
     )
 
 
-def _autoencoder(c: Json) -> AutoencoderConfig:
+@_reader("autoencoder")
+def autoencoder_config(c: Json) -> AutoencoderConfig:
+    """The KL autoencoder, from an ``AutoencoderKL``'s configuration."""
     _only(c, act_fn=("silu", "swish"))
     for types, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         for t in c.get(types, ()):
@@ -137,7 +127,9 @@ def _autoencoder(c: Json) -> AutoencoderConfig:
     )
 
 
-def _tiny_autoencoder(c: Json) -> TinyAutoencoderConfig:
+@_reader("tiny autoencoder")
+def tiny_autoencoder_config(c: Json) -> TinyAutoencoderConfig:
+    """The tiny autoencoder, from an ``AutoencoderTiny``'s configuration."""
     _only(c, act_fn="relu", upsample_fn="nearest", upsampling_scaling_factor=2)
     return TinyAutoencoderConfig(
         in_channels=c.get("in_channels", 3),
@@ -152,7 +144,9 @@ def _tiny_autoencoder(c: Json) -> TinyAutoencoderConfig:
     )
 
 
-def _clip(c: Json, projected: bool) -> CLIPConfig:
+@_reader("text tower")
+def clip_config(c: Json, projected: bool) -> CLIPConfig:
+    """CLIP's text tower, from a ``CLIPTextModel``'s configuration, with its projection or without."""
     end = c.get("eos_token_id", 49407)
     return CLIPConfig(
         vocabulary=c.get("vocab_size", 49408),
@@ -168,7 +162,9 @@ def _clip(c: Json, projected: bool) -> CLIPConfig:
     )
 
 
-def _t5(c: Json) -> T5Config:
+@_reader("T5 encoder")
+def t5_config(c: Json) -> T5Config:
+    """T5's encoder, from a ``T5EncoderModel``'s configuration."""
     # Published v1.1 files say "gated-gelu"; newer ones carry what follows from it instead.
     form = c.get("feed_forward_proj", "relu")
     if form not in ("relu", "gated-gelu"):
@@ -187,22 +183,9 @@ def _t5(c: Json) -> T5Config:
     )
 
 
-def dit_config(raw: Json) -> DiTConfig:
+@_reader("DiT")
+def dit_config(c: Json) -> DiTConfig:
     """DiT, from a ``DiTTransformer2DModel``'s or a ``Transformer2DModel``'s configuration."""
-    return _read("DiT", raw, _dit)
-
-
-def mmdit_config(raw: Json) -> MMDiTConfig:
-    """Stable Diffusion 3's transformer, from a ``SD3Transformer2DModel``'s configuration."""
-    return _read("MMDiT", raw, _mmdit)
-
-
-def flux_config(raw: Json) -> FluxConfig:
-    """FLUX's transformer, from a ``FluxTransformer2DModel``'s configuration."""
-    return _read("FLUX transformer", raw, _flux)
-
-
-def _dit(c: Json) -> DiTConfig:
     _only(c, norm_type="ada_norm_zero", norm_elementwise_affine=False, activation_fn=("gelu-approximate", "gelu"))
     channels = c.get("in_channels", 4)
     return DiTConfig(
@@ -220,7 +203,9 @@ def _dit(c: Json) -> DiTConfig:
     )
 
 
-def _mmdit(c: Json) -> MMDiTConfig:
+@_reader("MMDiT")
+def mmdit_config(c: Json) -> MMDiTConfig:
+    """Stable Diffusion 3's transformer, from a ``SD3Transformer2DModel``'s configuration."""
     _only(c, qk_norm=(None, "rms_norm"))
     heads, head_dim = c.get("num_attention_heads", 18), c.get("attention_head_dim", 64)
     _only({"caption_projection_dim": c.get("caption_projection_dim", 1152)}, caption_projection_dim=heads * head_dim)
@@ -240,7 +225,9 @@ def _mmdit(c: Json) -> MMDiTConfig:
     )
 
 
-def _flux(c: Json) -> FluxConfig:
+@_reader("FLUX transformer")
+def flux_config(c: Json) -> FluxConfig:
+    """FLUX's transformer, from a ``FluxTransformer2DModel``'s configuration."""
     _only(c, patch_size=1)
     channels = c.get("in_channels", 64)
     return FluxConfig(

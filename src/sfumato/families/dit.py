@@ -58,23 +58,20 @@ def load(model: Published, name: str) -> Model:
         return {"classes": torch.tensor([class_of(p, names, config.classes) for p in prompts])}
 
     side = config.size * vae.config.factor
-    return Model(
-        name=name,
-        family=FAMILY,
-        path=model.path,
-        hash=model.fingerprint(),
-        network=Mean(network),
+    return common.assemble(
+        model,
+        name,
+        FAMILY,
+        Mean(network),
+        vae,
+        why,
         encode=encode,
-        decode=common.decoder(vae),
         schedule=common.schedule(scheduler),
         parameterization=meaning,
-        channels=config.in_channels,
-        factor=vae.config.factor,
         multiple=vae.config.factor * config.patch,
         max_pixels=side**2,
-        spacings=lambda width, height: common.spacing_settings(scheduler),
+        spacings=common.spacings(scheduler),
         defaults=Defaults("dpmpp-2m", common.usual_spacing(scheduler), 25, 4.0, side, side),
-        card=common.card(model, why),
     )
 
 

@@ -54,26 +54,23 @@ def load(model: Published, name: str) -> Model:
     def spacings(width: int, height: int) -> dict[str, dict[str, float]]:
         return {"shift": {"s": shift_of(scheduler, (width // unit) * (height // unit))}}
 
-    return Model(
-        name=name,
-        family=FAMILY,
-        path=model.path,
-        hash=model.fingerprint(),
-        network=network,
+    return common.assemble(
+        model,
+        name,
+        FAMILY,
+        network,
+        vae,
+        "flow: this family's only one",
         encode=encode,
         words=t5.spell,
-        decode=common.decoder(vae),
         schedule=Flow(),
         parameterization=common.flow(1.0),
-        channels=config.in_channels // 4,
-        factor=vae.config.factor,
         multiple=unit,
         max_pixels=1 << 22,
         situate=situate,
         spacings=spacings,
         distilled=config.guided,
         defaults=Defaults("flow-euler", "shift", *((28, 3.5) if config.guided else (4, 1.0)), 1024, 1024),
-        card=common.card(model, "flow: this family's only one"),
     )
 
 

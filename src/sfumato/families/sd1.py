@@ -44,22 +44,18 @@ def load(model: Published, name: str) -> Model:
         return {"context": tower.states(*tower.ids(prompts), skip=None)[0]}
 
     side = common.side(model.configs["unet"], vae, 512)
-    return Model(
-        name=name,
-        family=FAMILY,
-        path=model.path,
-        hash=model.fingerprint(),
-        network=network,
+    return common.assemble(
+        model,
+        name,
+        FAMILY,
+        network,
+        vae,
+        why,
         encode=encode,
         words=tower.spell,
-        decode=common.decoder(vae),
         schedule=common.schedule(scheduler),
         parameterization=meaning,
-        channels=config.in_channels,
-        factor=vae.config.factor,
-        multiple=vae.config.factor,
         max_pixels=1 << 22,
-        spacings=lambda width, height: common.spacing_settings(scheduler),
+        spacings=common.spacings(scheduler),
         defaults=Defaults("dpmpp-2m", common.usual_spacing(scheduler), 25, 7.5, side, side),
-        card=common.card(model, why),
     )

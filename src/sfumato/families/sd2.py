@@ -56,22 +56,18 @@ def load(model: Published, name: str) -> Model:
     defaults = Defaults("dpmpp-2m", common.usual_spacing(scheduler), 25, 7.5, usual, usual)
     if common.few_steps(scheduler):
         defaults = Defaults("euler", "trailing", 1, 1.0, usual, usual)
-    return Model(
-        name=name,
-        family=FAMILY,
-        path=model.path,
-        hash=model.fingerprint(),
-        network=network,
+    return common.assemble(
+        model,
+        name,
+        FAMILY,
+        network,
+        vae,
+        why,
         encode=encode,
         words=tower.spell,
-        decode=common.decoder(vae),
         schedule=schedule,
         parameterization=meaning,
-        channels=config.in_channels,
-        factor=vae.config.factor,
-        multiple=vae.config.factor,
         max_pixels=1 << 22,
-        spacings=lambda width, height: common.spacing_settings(scheduler),
+        spacings=common.spacings(scheduler),
         defaults=defaults,
-        card=common.card(model, why),
     )

@@ -62,22 +62,20 @@ def load(model: Published, name: str) -> Model:
 
     side = common.side(model.configs["transformer"], vae, 1024)
     multiple = vae.config.factor * config.patch
-    return Model(
-        name=name,
-        family=FAMILY,
-        path=model.path,
-        hash=model.fingerprint(),
-        network=network,
+    return common.assemble(
+        model,
+        name,
+        FAMILY,
+        network,
+        vae,
+        "flow: this family's only one",
+        {"T5": "used" if t5 else "left out"},
         encode=encode,
         words=words,
-        decode=common.decoder(vae),
         schedule=Flow(),
         parameterization=common.flow(1000.0),
-        channels=config.in_channels,
-        factor=vae.config.factor,
         multiple=multiple,
         max_pixels=(config.positions * multiple) ** 2,
         spacings=lambda width, height: {"shift": {"s": shift}},
         defaults=Defaults("flow-euler", "shift", 28, 5.0, side, side),
-        card=common.card(model, "flow: this family's only one", T5="used" if t5 else "left out"),
     )

@@ -59,23 +59,19 @@ def load(model: Published, name: str) -> Model:
     defaults = Defaults("dpmpp-2m", common.usual_spacing(scheduler), 30, 5.0, side, side)
     if common.few_steps(scheduler):
         defaults = Defaults("euler", "trailing", 1, 1.0, side, side)
-    return Model(
-        name=name,
-        family=FAMILY,
-        path=model.path,
-        hash=model.fingerprint(),
-        network=network,
+    return common.assemble(
+        model,
+        name,
+        FAMILY,
+        network,
+        vae,
+        why,
         encode=encode,
         words=first.spell,
-        decode=common.decoder(vae),
         schedule=common.schedule(scheduler),
         parameterization=meaning,
-        channels=config.in_channels,
-        factor=vae.config.factor,
-        multiple=vae.config.factor,
         max_pixels=1 << 23,
         situate=situate,
-        spacings=lambda width, height: common.spacing_settings(scheduler),
+        spacings=common.spacings(scheduler),
         defaults=defaults,
-        card=common.card(model, why),
     )
