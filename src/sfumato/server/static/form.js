@@ -1,0 +1,115 @@
+// The request form: from controls to a request as JSON, and back from any picture's request.
+
+import { $, fill, h } from "./dom.js";
+
+export const state = { models: [], limits: {}, start: null, mask: null, extras: {} };
+const PLAIN = ["prompt", "negative", "n", "steps", "guidance", "width", "height", "seed", "sampler", "spacing"];
+const OWN = new Set([...PLAIN, "init", "mask", "strength"]);
+const QUIET = { guidance_rescale: 0, variation_strength: 0 };
+const STYLES = ["oil painting", "watercolour", "pencil drawing", "photograph", "woodcut", "flat icon", "pixel art"];
+
+export const model = () => state.models.find((m) => m.name === $("model").value) ?? state.models[0];
+
+export function setUp({ models, samplers, spacings, limits }) {
+  Object.assign(state, { models, limits });
+  fill($("model"), models.map((m) => h("option", { value: m.name }, m.name)));
+  $("model").value = (models.find((m) => m.default) ?? models[0])?.name ?? "";
+  fill($("sampler"), samplers.filter((s) => s.name !== "ddim-inversion").map((s) => h("option", { value: s.name, title: s.summary }, s.name)));
+  fill($("spacing"), spacings.map((s) => h("option", { value: s.name, title: s.summary }, s.name)));
+  if (limits.n) $("n").max = limits.n;
+  if (limits.steps) $("steps").max = Math.min(100, limits.steps);
+  $("model").addEventListener("change", () => useDefaults());
+  for (const id of ["steps", "guidance", "strength"]) $(id).addEventListener("input", tell);
+  for (const id of ["width", "height", "sampler", "seed"]) $(id).addEventListener("change", tell);
+  $("forget").addEventListener("click", () => (($("seed").value = ""), tell()));
+  for (const button of document.querySelectorAll("[data-step]"))
+    button.addEventListener("click", () => {
+      const n = $("n");
+      n.value = Math.min(Number(n.max), Math.max(1, (Number(n.value) || 1) + Number(button.dataset.step)));
+    });
+  $("prompt").addEventListener("keydown", (e) => {
+    if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); $("compose").requestSubmit(); }
+  });
+  useDefaults();
+}
+
+function useDefaults() {
+  const m = model();
+  if (!m) return;
+  const d = m.defaults;
+  $("steps").value = d.steps; $("guidance").value = d.guidance;
+  $("sampler").value = d.sampler; $("spacing").value = d.spacing;
+  $("width").value = d.width; $("height").value = d.height;
+  for (const id of ["width", "height"]) { $(id).step = m.multiple; $(id).min = m.multiple; }
+  const fit = (v) => Math.max(m.multiple, Math.round(v / m.multiple) * m.multiple);
+  const shapes = [["Square", d.width, d.height], ["Wide", fit(d.width * 1.25), fit(d.height * 0.8)], ["Tall", fit(d.width * 0.8), fit(d.height * 1.25)]]
+    .filter(([, w, t]) => w * t <= m.max_pixels);
+  fill($("shapes"), shapes.map(([name, w, t]) =>
+    h("button", { type: "button", class: "chip", onclick: () => { $("width").value = w; $("height").value = t; tell(); }, "data-size": `${w}x${t}` }, name)));
+  const named = m.card?.styles;
+  const styles = Array.isArray(named) ? named : typeof named === "string" ? named.split(",").map((s) => s.trim()) : STYLES;
+  fill($("styles"), styles.map((s) => h("option", { value: s })));
+  $("guidance").disabled = false;
+  tell();
+}
+
+export function tell() {
+  for (const id of ["steps", "guidance", "strength"]) $(`${id}-out`).textContent = $(id).value;
+  const size = `${$("width").value}×${$("height").value}`;
+  $("how").textContent = `${$("steps").value} steps, ${size}, guidance ${$("guidance").value}`;
+  for (const b of $("shapes").children) b.setAttribute("aria-pressed", b.dataset.size === size.replace("×", "x"));
+  $("from-note").textContent = state.start ? (state.mask ? "a part of one" : "one") : "none";
+}
+
+// The request as it stands; picture fields hold ids.
+export function request() {
+  const style = $("style").value.trim();
+  const number = (id) => ($(id).value === "" ? null : Number($(id).value));
+  const words = $("prompt").value.trim();
+  const r = {
+    ...state.extras,
+    prompt: style ? `${words}, ${style}` : words,
+    negative: $("negative").value,
+    n: number("n"), steps: number("steps"), guidance: number("guidance"),
+    width: number("width"), height: number("height"), seed: number("seed"),
+    sampler: $("sampler").value, spacing: $("spacing").value, model: $("model").value,
+  };
+  const m = model();
+  if (r.guidance === 1 || m?.distilled) r.negative = "";
+  if (state.start) {
+    r.init = state.start.id;
+    r.strength = number("strength");
+    if (state.mask) { r.mask = state.mask.id; if (r.strength === 1) delete r.strength; }
+  }
+  return r;
+}
+
+// Set every control by a request, such as a picture's. What has no control is kept, and shown as a chip.
+export function use(r, modelName) {
+  if (modelName && state.models.some((m) => m.name === modelName) && $("model").value !== modelName) {
+    $("model").value = modelName;
+    useDefaults();
+  }
+  for (const key of PLAIN) if (r[key] != null) {
+    const control = $(key);
+    if (control.type === "range" && Number(r[key]) > Number(control.max)) control.max = r[key];
+    if (control.type === "range" && Number(r[key]) < Number(control.min)) control.min = r[key];
+    if (key === "guidance") control.step = "any";
+    control.value = r[key];
+  }
+  $("seed").value = r.seed ?? "";
+  $("style").value = "";
+  $("negative").value = r.negative ?? "";
+  if (r.strength != null) $("strength").value = r.strength;
+  state.extras = Object.fromEntries(Object.entries(r).filter(([k, v]) => !OWN.has(k) && k !== "model" && v != null && v !== QUIET[k]));
+  showExtras();
+  tell();
+}
+
+export function showExtras() {
+  const box = $("extras");
+  fill(box, Object.entries(state.extras).map(([key, value]) =>
+    h("button", { type: "button", class: "chip", title: "Remove", onclick: () => { delete state.extras[key]; showExtras(); } },
+      `${key.replaceAll("_", " ")} ${Array.isArray(value) ? value.join(", ") : value} ✕`)));
+  box.hidden = !box.childElementCount;
+}
