@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "inside": {"pipeline", "families", "networks", "text", "diffusion"},
     "training": {"diffusion", "networks", "text", "checkpoints", "families", "data"},
     "evaluation": {"pipeline", "families", "checkpoints", "data"},
-    "server": {"pipeline", "families", "diffusion"},
+    "server": {"inside", "pipeline", "families", "diffusion"},
     "cli": {"pipeline", "training", "evaluation", "server", "families", "checkpoints", "diffusion", "data"},
     "__init__": {"pipeline"},
     "__main__": {"cli"},

@@ -102,12 +102,15 @@ def test_the_share_of_joint_attention_that_went_to_words() -> None:
         nn.init.zeros_(p)
     heads = heads_of(module, (torch.randn(1, 20, 12), torch.randn(1, 5, 12)), {}, 5)
     assert heads is not None
-    recorder = Recorder(layers=[[]])
+    recorder = Recorder()
+    recorder.begin(torch.zeros(1, 3, 4, 5), None)
     recorder.add(heads)
-    (layer,) = recorder.take()
+    call = recorder.take()
+    assert call is not None
+    (layer,) = call.layers
     assert layer.share == pytest.approx(0.2)
     torch.testing.assert_close(layer.columns, torch.full((20, 5), 0.2))
-    assert recorder.take() == []
+    assert recorder.take() is None
 
 
 def test_a_twin_shares_weights_and_no_hooks(tiny: Model) -> None:
@@ -128,6 +131,9 @@ def test_maps_of_each_step_sum_to_one_over_words_and_the_picture_stays_the_same(
     assert last.predicted is None
     assert np.array_equal(last.noisy, plain.pixels), "the path ends in the picture"
     assert len(frames) == 3
+    path, noise = pipe.path(request), pipe.initial_noise(request)
+    assert [f.level for f in (*frames, last)] == path
+    assert np.array_equal(frames[0].noisy, pipe.pixels(noise)[0]), "the path begins in the noise"
     for frame in frames:
         assert isinstance(frame, Frame)
         assert frame.attention is not None

@@ -15,7 +15,7 @@ from sfumato.diffusion.schedules import Flow
 from sfumato.errors import BadRequest
 from sfumato.families.model import Model
 from sfumato.inside.compare import Guided, Progress, Run, Solution, guidance, observed_order, samplers
-from sfumato.inside.path import Noised, curve, forward
+from sfumato.inside.path import curve, forward
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
@@ -92,18 +92,24 @@ def test_guidance_sweeps_the_same_noise(tiny: Model) -> None:
 
 
 def test_forward_noise_is_the_closed_form_and_the_ideal_denoiser_errs_as_much_as_it_must(ideal: Pipeline) -> None:
-    """The posterior's deviation is s·σ/√(α²s² + σ²): no denoiser can do better, and this one does as well."""
+    """The ideal denoiser's error on a picture of known variance is known in closed form."""
     request = Request(WORDS, seed=9, steps=5, guidance=1.0, width=64, height=64)
-    x0 = 0.3 + 0.5 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    noised = [e for e in forward(ideal, request, x0) if isinstance(e, Noised)]
+    values = 0.3 + 0.5 * np.random.default_rng(1).standard_normal((64, 64, 3)).clip(-1.3, 1.3)
+    pixels = np.round((values + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    noised = list(forward(ideal, request, pixels))
     levels = ideal.path(request)[:-1]
     assert [n.level for n in noised] == list(reversed(levels))
     for n in noised:
         alpha, sigma = n.level.alpha, n.level.sigma
-        posterior = 0.5 * sigma / (alpha**2 * 0.25 + sigma**2) ** 0.5
-        assert n.error == pytest.approx(posterior, rel=0.05)
+        x0 = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+        gain = 0.25 * alpha / (alpha**2 * 0.25 + sigma**2)
+        # x0 − x̂0 = (1 − gain·α)·(x0 − mean) − gain·σ·ε, two independent parts
+        expected = (((1 - gain * alpha) ** 2 * (x0 - 0.3).square().mean()) + (gain * sigma) ** 2) ** 0.5
+        assert n.error == pytest.approx(float(expected), rel=0.03)
     with pytest.raises(BadRequest, match="size"):
-        next(forward(ideal, request, x0[..., :32]))
+        next(forward(ideal, request, pixels[:32]))
+    with pytest.raises(BadRequest, match="encoder"):
+        next(forward(Pipeline(replace(ideal.model, factor=2)), request, pixels))
 
 
 def test_a_schedules_curve_and_the_levels_on_it(tiny: Model) -> None:

@@ -11,6 +11,7 @@ Shapes: N cells of a layer, M columns of the context, W words, A heads, h × w c
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sfumato.diffusion.level import NoiseLevel
 from sfumato.families.model import Model
 from sfumato.networks.blocks import Attention, CrossAttention, split_heads
 from sfumato.networks.modulated import JointAttention
@@ -101,29 +103,46 @@ class Layer(NamedTuple):
 
 
 @dataclass
-class Recorder:
-    """Attention of each call of a watched network, in order; ``take`` empties it."""
+class Call:
+    """One call of the network: the level, what it was given for the first picture of the batch, what that attended to.
 
-    shape: tuple[int, int] = (1, 1)  # of x
+    Args:
+        x: (1, C, h, w), before the network's own gain.
+    """
+
+    level: NoiseLevel
+    x: Tensor
+    layers: list[Layer] = field(default_factory=list)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no number overflowed; the pipeline repeats calls where one did."""
+        return all(bool(layer.columns.isfinite().all()) for layer in self.layers)
+
+
+@dataclass
+class Recorder:
+    """The calls of a watched network, in order; ``take`` empties it."""
+
+    calls: list[Call] = field(default_factory=list)
+    level: NoiseLevel = NoiseLevel(math.nan, math.nan, math.nan)
     columns: int = 0
-    layers: list[list[Layer]] = field(default_factory=list)
 
     def begin(self, x: Tensor, context: Tensor | None) -> None:
         """A call of the network starts."""
-        self.shape = (x.shape[-2], x.shape[-1])
         self.columns = 0 if context is None else context.shape[1]
-        self.layers.append([])
+        self.calls.append(Call(self.level, x))
 
     def add(self, heads: Heads) -> None:
         """A layer of the network was called."""
         w = weights(heads)[:, heads.words]
         sums = w.sum(-1, keepdim=True)
-        self.layers[-1].append(Layer(w / sums.clamp_min(1e-30), float(sums.mean())))
+        self.calls[-1].layers.append(Layer(w / sums.clamp_min(1e-30), float(sums.mean())))
 
-    def take(self) -> list[Layer]:
-        """The layers of the first call since the last time whose numbers are finite; none if nothing was seen."""
-        calls, self.layers = self.layers, []
-        return next((c for c in calls if c and all(layer.columns.isfinite().all() for layer in c)), [])
+    def take(self) -> Call | None:
+        """The first call since the last time whose numbers are finite; None if there is none."""
+        calls, self.calls = self.calls, []
+        return next((c for c in calls if c.finite), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,12 +165,20 @@ def twin(network: N) -> N:
     return copy.deepcopy(network, shared)
 
 
-def watch(model: Model) -> tuple[Model, Recorder]:
-    """A model that draws the same pictures to the bit, and a record of what its cells attend to."""
-    network, recorder = twin(model.network), Recorder()
+def watch(model: Model, *, attention: bool = True) -> tuple[Model, Recorder]:
+    """A model that draws the same pictures to the bit, and a record of its network's calls.
+
+    Args:
+        attention: whether to record what cells attend to, besides the level and x.
+    """
+    network, recorder, p = twin(model.network), Recorder(), model.parameterization
+
+    def clock(level: NoiseLevel) -> Any:  # asked for before each call
+        recorder.level = level
+        return p.clock(level)
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder.begin(args[0], kwargs.get("context"))
+        recorder.begin(args[0][:1].float() / p.gain(recorder.level), kwargs.get("context"))
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         heads = heads_of(module, args, kwargs, recorder.columns)
@@ -160,9 +187,9 @@ def watch(model: Model) -> tuple[Model, Recorder]:
 
     network.register_forward_pre_hook(begin, with_kwargs=True)
     for module in network.modules():
-        if type(module) in LAYERS:
+        if attention and type(module) in LAYERS:
             module.register_forward_hook(record, with_kwargs=True)
-    return replace(model, network=network), recorder
+    return replace(model, network=network, parameterization=replace(p, clock=clock)), recorder
 
 
 def maps(layers: Sequence[Layer], shape: tuple[int, int], words: Sequence[Word]) -> Maps | None:

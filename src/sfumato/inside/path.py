@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sfumato.diffusion.level import NoiseLevel, q_sample
@@ -71,21 +72,17 @@ def trajectory(pipe: Pipeline, request: Request, *, attention: bool = True) -> I
     The picture is the same to the last bit whether attention is recorded or not.
     """
     request = replace(request, n=1).resolve(pipe.model)
-    model, recorder = watch(pipe.model) if attention else (pipe.model, None)
-    watched = Pipeline(model, pipe.batch)
-    words = words_of(pipe, request)
-    path = pipe.path(request)
-    x: Tensor = pipe.initial_noise(request) * math.hypot(path[0].alpha, path[0].sigma)
-    level = path[0]
-    for event in watched.run(request):
+    model, recorder = watch(pipe.model, attention=attention)
+    words, level = words_of(pipe, request), pipe.model.schedule.clean
+    for event in Pipeline(model, pipe.batch).run(request):
         if isinstance(event, Picture):
-            yield Frame(level, visible(pipe, x, level))
+            yield Frame(level, event.pixels)
             yield event
-        else:
-            layers = [] if recorder is None else recorder.take()
-            seen = None if recorder is None else maps(layers, recorder.shape, words)
-            yield Frame(level, visible(pipe, x, level), pipe.pixels(event.preview)[0], seen)
-            level, x = event.level, event.x
+            continue
+        call, level = recorder.take(), event.level
+        if call is not None:
+            seen = maps(call.layers, (call.x.shape[-2], call.x.shape[-1]), words)
+            yield Frame(call.level, visible(pipe, call.x, call.level), pipe.pixels(event.preview)[0], seen)
 
 
 def words_of(pipe: Pipeline, request: Request) -> list[Word]:
@@ -145,19 +142,27 @@ class Noised:
         }
 
 
-def forward(pipe: Pipeline, request: Request, x0: Tensor) -> Iterator[Noised]:
+def forward(pipe: Pipeline, request: Request, pixels: Pixels) -> Iterator[Noised]:
     """Noise a picture as training does, x_t = α·x0 + σ·ε, at each level of a request, and let the network split it.
 
     Args:
-        x0: the picture as the network sees pictures, (1, C, h, w), of the request's size.
+        pixels: uint8 (H, W, 3), of the request's size.
     """
     request = replace(request, n=1).resolve(pipe.model)
-    path = pipe.path(request)
+    if pixels.shape != (request.height, request.width, 3):
+        raise BadRequest(f"the picture has {pixels.shape[1]}x{pixels.shape[0]} pixels: give it the request's size")
+    x0, path = encoded(pipe, pixels), pipe.path(request)
     denoise, eps = pipe.denoiser(request), pipe.initial_noise(request)
-    if x0.shape != eps.shape:
-        raise BadRequest(f"the picture's size is {tuple(x0.shape)}, the request's {tuple(eps.shape)}: give it the same")
     for level in reversed(path[:-1]):
         x = q_sample(x0, eps, level)
         out = denoise(x, level)
         error = float((out.x0 - x0).square().mean().sqrt())
         yield Noised(level, visible(pipe, x, level), pipe.pixels(out.x0)[0], error)
+
+
+def encoded(pipe: Pipeline, pixels: Pixels) -> Tensor:
+    """A picture as the network sees pictures, (1, C, h, w); BadRequest for a model that has no encoder."""
+    if pipe.model.factor != 1:
+        raise BadRequest(f"model {pipe.model.name!r} has no encoder for pictures")
+    y = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().to(pipe.device) / 127.5 - 1
+    return y if pipe.model.channels == 3 else y.mean(1, keepdim=True)

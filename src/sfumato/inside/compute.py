@@ -1,0 +1,88 @@
+"""What the studio's page asks for, as generators that a worker steps through: (JSON, no bytes) pairs.
+
+Each takes a pipeline and arguments: ``request`` as JSON, and what the function names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from sfumato.inside import compare
+from sfumato.inside import path as paths
+from sfumato.inside.record import Json
+from sfumato.pipeline.picture import Picture, Pixels
+from sfumato.pipeline.pipeline import Pipeline
+from sfumato.pipeline.request import Request
+
+Answers = Iterator[tuple[Json, bytes]]
+
+
+def path(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
+    """Frames of a picture's path; ``pixels``, their digest, tells whether the picture came out equal."""
+    request = _request(pipe, arguments)
+    words = [word.text for word in paths.words_of(pipe, request)]
+    yield {"kind": "start", "words": words, "levels": len(pipe.path(request))}, b""
+    for event in paths.trajectory(pipe, request):
+        if isinstance(event, Picture):
+            known = arguments.get("pixels")
+            yield {"kind": "end", "equal": None if known is None else digest(event.pixels) == known}, b""
+        else:
+            yield {"kind": "frame", **event.to_dict()}, b""
+
+
+def guidance(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
+    """Pictures under guidance scales ``weights``."""
+    for event in compare.guidance(pipe, _request(pipe, arguments), arguments.get("weights") or compare.WEIGHTS):
+        yield _told(event, "guided"), b""
+
+
+def samplers(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
+    """The converged solution, and runs of ``samplers`` in ``steps``."""
+    names, steps = arguments.get("samplers") or compare.COMPARED, arguments.get("steps") or compare.STEPS
+    for event in compare.samplers(pipe, _request(pipe, arguments), names, steps):
+        yield _told(event, "solution" if isinstance(event, compare.Solution) else "run"), b""
+
+
+def forward(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
+    """The schedule, and ``source``, a PNG as base64, under the noise of each level."""
+    request = _request(pipe, arguments)
+    visited = pipe.path(request)
+    drawn = paths.curve(pipe.model.schedule, visited)
+    yield {"kind": "start", "schedule": drawn.to_dict(), "levels": len(visited) - 1}, b""
+    with Image.open(io.BytesIO(base64.b64decode(arguments["source"])), formats=["PNG"]) as image:
+        pixels = fitted(image, request)
+    for noised in paths.forward(pipe, request, pixels):
+        yield {"kind": "noised", **noised.to_dict()}, b""
+
+
+def fitted(image: Image.Image, request: Request) -> Pixels:
+    """A picture cropped to the proportions of a resolved request, at its size, on white: uint8 (H, W, 3)."""
+    assert request.width is not None
+    assert request.height is not None
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image.convert("RGBA"))
+    size = (request.width, request.height)
+    return np.asarray(ImageOps.fit(page.convert("RGB"), size, Image.Resampling.LANCZOS)).copy()
+
+
+def digest(pixels: Pixels) -> str:
+    """SHA-256 of a picture's pixels and shape."""
+    return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def _request(pipe: Pipeline, arguments: dict[str, Any]) -> Request:
+    return replace(Request.from_dict(arguments["request"]), n=1).resolve(pipe.model)
+
+
+def _told(event: Any, kind: str) -> Json:
+    if isinstance(event, compare.Progress):
+        return {"kind": "progress", "done": event.done, "total": event.total}
+    return {"kind": kind, **event.to_dict()}
