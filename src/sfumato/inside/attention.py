@@ -125,7 +125,7 @@ class Recorder:
     """The calls of a watched network, in order; ``take`` empties it."""
 
     calls: list[Call] = field(default_factory=list)
-    level: NoiseLevel = NoiseLevel(math.nan, math.nan, math.nan)
+    level: NoiseLevel = field(default_factory=lambda: NoiseLevel(math.nan, math.nan, math.nan))
     columns: int = 0
 
     def begin(self, x: Tensor, context: Tensor | None) -> None:
