@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from sqlalchemy.exc import DatabaseError
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -17,8 +18,9 @@ from sfumato.errors import BadData, BadRequest, SfumatoError
 from sfumato.server.errors import ApiError, fail
 from sfumato.server.logs import logger, request_id
 from sfumato.server.queue import reason_of
-from sfumato.server.settings import NESTING
+from sfumato.server.settings import JSON_BYTES, NESTING
 
+FILES, FIELDS = 4, 64  # of a form
 BODY_SECONDS = 60.0  # for a body to arrive
 TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)  # strings, and brackets outside of them
 
@@ -46,6 +48,19 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(value, dict):
         fail(422, "the body must be a JSON object")
     return value
+
+
+async def read_form(request: Request) -> dict[str, Any]:
+    """The fields of a form, files as ``UploadFile``; raises ApiError for what is none."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        fail(415, "the body must be multipart/form-data")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return dict(await request.form(max_files=FILES, max_fields=FIELDS, max_part_size=JSON_BYTES))
+    except TimeoutError:
+        fail(408, "the body did not arrive in time", "bad_request")
+    except (MultiPartException, HTTPException, ValueError, KeyError):
+        fail(400, "the body is no whole form")
 
 
 def check_nesting(text: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -234,7 +234,7 @@ class Context:
                 return place, self.pace.seconds(ahead)
         return None, None
 
-    async def watch(self, id: str, previews: bool = False) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async def watch(self, id: str, previews: bool = False) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """Follow a job: its present state, then what happens; ends with ``done``, ``failed`` or ``cancelled``.
 
         An empty event, ("", {}), now and then tells that nothing happened.
@@ -251,6 +251,8 @@ class Context:
                 if job.ended:
                     yield job.state, await self.describe(job)
                     return
+                if job.state == "queued" and self.draining:
+                    return  # it is kept
                 if job.state == "queued":
                     now = await self.place(id)
                     if now[0] is not None and now != place:
@@ -454,7 +456,7 @@ class Context:
                 if job is not None and job.finished is not None and started.started is not None:
                     self.seconds_of_jobs(started.started - started.created, job.finished - started.started)
                 break
-        log(f"job {state}", job=id, **({} if error is None else {"code": error["code"]}))
+        log(f"job {state}", job=id, code="" if error is None else error["code"])
         self._progress.pop(id, None)
         self._tell(id, "changed", {})
         self._wake.set()

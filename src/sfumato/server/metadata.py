@@ -20,7 +20,8 @@ def text_of(data: bytes) -> tuple[dict[str, str], int, int]:
     """The text chunks of a PNG, and its width and height; no pixels are decoded. Raises BadData."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            info = {k: v for k, v in image.info.items() if isinstance(v, str) and len(v) <= MAX_TEXT}
+            text = {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
+            info = {k: v for k, v in text.items() if len(v) <= MAX_TEXT}
             return info, image.width, image.height
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, OverflowError, Image.DecompressionBombError):
         raise BadData("the body is not a PNG") from None
@@ -86,7 +87,7 @@ def _setting(name: str, value: str) -> dict[str, Any] | None:
             width, height = value.split("x")
             return {"width": int(width), "height": int(height)}
         if name == "Sampler":
-            return _sampler(value)
+            return read_sampler(value)
         if name == "Schedule type" and value not in ("", "Automatic"):
             from sfumato.diffusion import find_spacing
 
@@ -96,12 +97,17 @@ def _setting(name: str, value: str) -> dict[str, Any] | None:
     return None
 
 
-def _sampler(value: str) -> dict[str, Any]:
+def read_sampler(value: Any) -> dict[str, Any]:
     """A sampler's name; older versions wrote the spacing behind it."""
     from sfumato.diffusion import find_sampler, find_spacing
 
+    if not isinstance(value, str) or len(value) > 100:
+        raise BadRequest("a sampler must be a name")
     try:
         return {"sampler": find_sampler(value).name}
-    except BadRequest:
+    except BadRequest as e:
         name, _, spacing = value.rpartition(" ")
-        return {"sampler": find_sampler(name).name, "spacing": find_spacing(spacing).name}
+        try:
+            return {"sampler": find_sampler(name).name, "spacing": find_spacing(spacing).name}
+        except BadRequest:
+            raise e from None

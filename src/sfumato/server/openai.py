@@ -1,12 +1,281 @@
-"""Placeholder"""
+"""OpenAI's dialect: ``/v1/images/…`` and ``/v1/models``, as its clients speak it."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any
 
+from fastapi import APIRouter, Request
+from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.responses import JSONResponse, Response
+
+from sfumato.pipeline.picture import Picture
+from sfumato.pipeline.request import Request as PictureRequest
+from sfumato.server.answers import read_form, read_json
 from sfumato.server.context import Context
+from sfumato.server.errors import ApiError, fail
+from sfumato.server.following import EventStream, outcome, succeeded
+from sfumato.server.metadata import describe_png
+from sfumato.server.queue import Job
+from sfumato.server.routes import client_of
+from sfumato.server.schema import body_of, request_properties
+from sfumato.server.uploads import keep, open_picture
+
+THEIR_MODELS = ("dall-e", "gpt-image")  # names that clients send unasked: the default model
+QUALITY = {"low": 0.5, "auto": 1, "standard": 1, "medium": 1, "high": 2, "hd": 2}  # × the model's default steps
+FORMATS = ("png", "jpeg", "webp")
+OURS = {f.name for f in fields(PictureRequest)}
+NO_EFFECT = {  # settings that may be sent as long as they ask for nothing
+    "background": ("auto", "opaque"),
+    "moderation": ("auto", "low"),
+    "style": ("natural",),
+    "input_fidelity": ("low", "high"),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the client wants its answer."""
+
+    kind: str  # of the events: image_generation or image_edit
+    response_format: str | None = None
+    output_format: str = "png"
+    compression: int = 90
+    stream: bool = False
+    partial_images: int = 0
+    quality: str = "auto"
 
 
 def routes(context: Context) -> APIRouter:
-    """No routes yet."""
-    return APIRouter()
+    """The routes of OpenAI's dialect."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+    @router.post("/images/generations", summary="Pictures from words", openapi_extra=body_of(_json_body()))
+    async def generations(request: Request) -> Response:
+        return await answer(request, await read_json(request), "image_generation")
+
+    @router.post(
+        "/images/edits", summary="Pictures from words and a picture", openapi_extra=body_of(_form_body("image"))
+    )
+    async def edits(request: Request) -> Response:
+        given = _numbers(await read_form(request))
+        image, mask = given.pop("image", None) or given.pop("image[]", None), given.pop("mask", None)
+        if not isinstance(image, UploadFile) or not isinstance(mask, UploadFile | None):
+            fail(422, "image must be one picture as a file, and mask another or left out")
+        given["init"] = await asyncio.to_thread(keep, context.settings, await image.read())
+        if mask is not None:
+            given["mask"] = await asyncio.to_thread(_keep_mask, context, await mask.read())
+        return await answer(request, given, "image_edit")
+
+    @router.post("/images/variations", summary="Pictures like a picture", openapi_extra=body_of(_form_body("image")))
+    async def variations(request: Request) -> Response:
+        given = _numbers(await read_form(request))
+        image = given.pop("image", None)
+        if not isinstance(image, UploadFile):
+            fail(422, "image must be one picture as a file")
+        data = await image.read()
+        given = {**await asyncio.to_thread(_words_of, data), **given}
+        given["init"] = await asyncio.to_thread(keep, context.settings, data)
+        return await answer(request, given, "image_edit")
+
+    @router.get("/models", summary="Models")
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [_model(name) for name in context.sources]})
+
+    @router.get("/models/{id}", summary="A model")
+    async def model(id: str) -> JSONResponse:
+        if id not in context.sources:
+            fail(404, "there is no such model", "model_not_found")
+        return JSONResponse(_model(id))
+
+    async def answer(request: Request, given: dict[str, Any], kind: str) -> Response:
+        form, settings, name = _read(context, given, kind)
+        user = given.get("user")
+        client = user if isinstance(user, str) and 0 < len(user) <= 100 and user.isprintable() else client_of(request)
+        job = await context.submit("openai", client, settings, name)
+        if form.stream:
+            return EventStream(_events(context, job, form))
+        job = await outcome(context, request, job)
+        data = [await _item(context, p["id"], form, str(request.base_url)) for p in job.pictures]
+        size = f"{job.request['width']}x{job.request['height']}"
+        return JSONResponse(
+            {"created": int(job.created), "data": data, "size": size, "output_format": form.output_format}
+        )
+
+    return router
+
+
+def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dict[str, Any], str | None]:
+    """Divide a body into how to answer, the settings of a request, and the model's name; raises ApiError."""
+    given = {k: v for k, v in given.items() if v is not None}
+    given.pop("user", None)
+    name = given.pop("model", None)
+    if isinstance(name, str) and name.startswith(THEIR_MODELS):
+        name = None
+    facts = context.facts(name)
+    for what, allowed in NO_EFFECT.items():
+        if given.pop(what, allowed[0]) not in allowed:
+            fail(422, f"{what} can only be {' or '.join(allowed)} here")
+    form = Form(
+        kind,
+        _one_of("response_format", given.pop("response_format", None), ("url", "b64_json", None)),
+        _one_of("output_format", given.pop("output_format", "png"), FORMATS),
+        _whole("output_compression", given.pop("output_compression", 90), 0, 100),
+        _one_of("stream", given.pop("stream", False), (True, False)),
+        _whole("partial_images", given.pop("partial_images", 0), 0, 3),
+        _one_of("quality", given.pop("quality", "auto"), tuple(QUALITY)),
+    )
+    if form.response_format == "url" and form.output_format != "png":
+        fail(422, "pictures at a URL are PNG files; ask for response_format b64_json")
+    size = given.pop("size", "auto")
+    if size != "auto":
+        width, x, height = str(size).partition("x")
+        if not (x and width.isdecimal() and height.isdecimal() and len(str(size)) < 20):
+            fail(422, 'size must be "WxH" in pixels, or "auto"')
+        given |= {"width": int(width), "height": int(height)}
+    if "steps" not in given and QUALITY[form.quality] != 1:
+        given["steps"] = max(1, round(facts.defaults.steps * QUALITY[form.quality]))
+    if unknown := [k for k in given if k not in OURS]:
+        fail(422, f"unknown setting {unknown[0][:60]!r}")
+    return form, given, name
+
+
+async def _events(context: Context, job: Job, form: Form) -> AsyncGenerator[str, None]:
+    """What happens to a job as OpenAI's events; closing the generator cancels the job."""
+    about = {
+        "created_at": int(job.created), "size": f"{job.request['width']}x{job.request['height']}",
+        "quality": form.quality, "background": "opaque", "output_format": form.output_format,
+    }  # fmt: skip
+    shown, following = 0, context.watch(job.id, previews=form.partial_images > 0)
+    try:
+        async for event, data in following:
+            due = (shown + 1) * job.request["steps"] / (form.partial_images + 1)
+            if event == "preview" and shown < form.partial_images and data["picture"] == 0 and data["step"] >= due // 1:
+                image = Image.open(io.BytesIO(base64.b64decode(data["image"].partition(",")[2])))
+                event_data = {"b64_json": _encoded(image.convert("RGB"), form), "partial_image_index": shown}
+                shown += 1
+                yield _event(f"{form.kind}.partial_image", {**event_data, **about})
+            else:
+                yield ""
+        ended = await context.db(context.queue.find, job.id)
+        assert ended is not None
+        try:
+            for picture in succeeded(ended).pictures:
+                item = await _item(context, picture["id"], form, "")
+                usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+                details = {"input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
+                about |= {"b64_json": item["b64_json"], "usage": {**usage, **details}}
+                yield _event(f"{form.kind}.completed", about)
+        except ApiError as e:
+            error = {"message": e.message, "type": "server_error", "param": None, "code": e.code}
+            yield f"event: error\ndata: {json.dumps({'error': error})}\n\n"
+    finally:
+        await following.aclose()
+        with suppress(ApiError):  # it had ended
+            await context.cancel(job.id)
+
+
+def _event(kind: str, data: dict[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
+
+
+async def _item(context: Context, id: str, form: Form, base: str) -> dict[str, str]:
+    """A picture as the client wants it, at its own size."""
+    item: dict[str, str] = {}
+    if form.response_format != "url":
+        path = context.gallery.path(id) or fail(404, "the picture was deleted meanwhile")
+        picture = await asyncio.to_thread(Picture.open, path)
+        item["b64_json"] = (
+            base64.b64encode(picture.encode()).decode()
+            if form.output_format == "png"
+            else _encoded(picture.image, form)
+        )
+    if form.response_format != "b64_json" and form.output_format == "png":
+        item["url"] = f"{base}pictures/{id}.png?scale=1"
+    return item
+
+
+def _encoded(image: Image.Image, form: Form) -> str:
+    file = io.BytesIO()
+    image.save(
+        file, form.output_format.upper(), **({} if form.output_format == "png" else {"quality": form.compression})
+    )
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _keep_mask(context: Context, data: bytes) -> Any:
+    """OpenAI's mask is transparent where to repaint; ours is white there."""
+    image = open_picture(data)
+    if image.mode != "RGBA":
+        fail(422, "the mask must be transparent where the picture is to be redrawn")
+    file = io.BytesIO()
+    image.getchannel("A").point([255 - a for a in range(256)]).convert("RGB").save(file, "PNG")
+    return keep(context.settings, file.getvalue())
+
+
+def _words_of(data: bytes) -> dict[str, Any]:
+    """The words that a picture was made by; without any, no words guide at all."""
+    try:
+        request = describe_png(data)["request"]
+        return {"prompt": request["prompt"], "negative": request.get("negative", "")}
+    except Exception:  # not ours: any picture may be varied
+        return {"prompt": "a variation", "guidance": 0.0}
+
+
+def _numbers(form: dict[str, Any]) -> dict[str, Any]:
+    """A form's fields, which are all text, with the types that JSON would have given them."""
+
+    def value(text: Any) -> Any:
+        if isinstance(text, str):
+            with suppress(ValueError, RecursionError):
+                plain = json.loads(text)
+                return plain if isinstance(plain, (int, float, bool)) else text
+        return text
+
+    return {k: v if k in ("prompt", "negative", "user", "size") else value(v) for k, v in form.items()}
+
+
+def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+        fail(422, f"{what} must be one of {', '.join(str(a).lower() for a in allowed if a is not None)}")
+    return value
+
+
+def _whole(what: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        fail(422, f"{what} must be a whole number from {low} to {high}")
+    return value
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sfumato"}
+
+
+def _json_body() -> tuple[str, dict[str, Any]]:
+    properties = {
+        **request_properties(),
+        "model": {"type": "string"},
+        "size": {"type": "string", "description": '"WxH" or "auto"'},
+        "quality": {"enum": list(QUALITY)},
+        "response_format": {"enum": ["url", "b64_json"], "description": "both if left out"},
+        "output_format": {"enum": list(FORMATS)},
+        "output_compression": {"type": "integer", "minimum": 0, "maximum": 100},
+        "stream": {"type": "boolean"},
+        "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
+        "user": {"type": "string"},
+    }
+    return "application/json", {"type": "object", "properties": properties, "required": ["prompt"]}
+
+
+def _form_body(*files: str) -> tuple[str, dict[str, Any]]:
+    _, schema = _json_body()
+    properties = {**schema["properties"], **{f: {"type": "string", "format": "binary"} for f in (*files, "mask")}}
+    return "multipart/form-data", {"type": "object", "properties": properties, "required": list(files)}

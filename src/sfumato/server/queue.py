@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, String, Text, and_, func, or_, select, update
+from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, String, Text, and_, event, func, or_, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 
@@ -268,7 +268,7 @@ class Queue:
             known = set(os.listdir(self._owners)) - set(gone)
             orphaned = or_(
                 _jobs.c.owner.in_(gone),
-                and_(here, _jobs.c.owner.not_in(known)) if self._sqlite else False,
+                and_(here, _jobs.c.owner.not_in(known)) if self._sqlite else sa.false(),
                 and_(_jobs.c.lease < time.time(), _jobs.c.owner != self.owner, _jobs.c.owner.not_in(known)),
             )
             number = _requeue(db, orphaned)
@@ -387,21 +387,22 @@ def _get(db: sa.Connection, id: str) -> Job:
 
 
 def _job(row: Any) -> Job:
-    values = dict(row._mapping)
+    values: dict[str, Any] = dict(row._mapping)
     error = values["error"]
     values |= {"request": json.loads(values["request"]), "pictures": json.loads(values["pictures"])}
-    return Job(**values | {"error": None if error is None else json.loads(error)})
+    values["error"] = None if error is None else json.loads(error)
+    return Job(**values)
 
 
 def _tune_sqlite(engine: Any) -> None:
     """WAL, every commit on disk, and transactions that take the lock when they begin."""
 
-    @sa.event.listens_for(engine, "connect")
+    @event.listens_for(engine, "connect")
     def connect(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # the module's own way of beginning transactions is too late
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
 
-    @sa.event.listens_for(engine, "begin")
+    @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response
 
+from sfumato.pipeline.picture import Picture
 from sfumato.server.answers import read_body, read_json
 from sfumato.server.context import Context, model_json
 from sfumato.server.errors import fail
+from sfumato.server.following import EventStream
 from sfumato.server.gallery import NAME
 from sfumato.server.queue import STATES
 from sfumato.server.schema import body_of, job_body
 from sfumato.server.settings import JSON_BYTES, UPLOAD_BYTES
 from sfumato.server.uploads import PICTURES, read_upload
 
-KEEP_ALIVE = 10.0  # seconds of silence before a comment is sent
 PAGE = 500  # entries of a list at most
 
 
@@ -63,10 +64,10 @@ def routes(context: Context) -> APIRouter:
         return JSONResponse(await context.describe(await context.cancel(id)))
 
     @router.get("/jobs/{id}/events", summary="Follow a job: server-sent events", tags=["jobs"])
-    async def events(id: str) -> StreamingResponse:
+    async def events(id: str) -> EventStream:
         if await context.db(context.queue.find, id) is None:
             fail(404, "there is no such job")
-        return event_stream(_named(context.watch(id, previews=True)))
+        return EventStream(_named(context.watch(id, previews=True)))
 
     # ── pictures ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -80,11 +81,15 @@ def routes(context: Context) -> APIRouter:
         return JSONResponse({"pictures": [e.to_json() for e in found[:limit]], "total": total, "next": more})
 
     @router.get("/pictures/{id}.png", summary="A picture's file", tags=["pictures"])
-    async def picture_file(id: str) -> FileResponse:
+    async def picture_file(id: str, scale: int | None = None) -> Response:
         path = context.gallery.path(id) or fail(404, "there is no such picture")
-        return FileResponse(
-            path, media_type="image/png", headers={"Cache-Control": "private, max-age=31536000, immutable"}
-        )
+        headers = {"Cache-Control": "private, max-age=31536000, immutable"}
+        if scale is None:
+            return FileResponse(path, media_type="image/png", headers=headers)
+        if scale != 1:
+            fail(422, "scale can only be 1: the picture at its own size")
+        data = await asyncio.to_thread(lambda: Picture.open(path).encode())
+        return Response(data, media_type="image/png", headers=headers)
 
     @router.get("/pictures/{id}", summary="What is known of a picture", tags=["pictures"])
     async def picture(id: str) -> JSONResponse:
@@ -153,24 +158,12 @@ def routes(context: Context) -> APIRouter:
     return router
 
 
-async def _named(events: AsyncIterator[tuple[str, dict[str, Any]]]) -> AsyncIterator[str]:
-    async for event, data in events:
-        yield f"event: {event}\ndata: {json.dumps(data)}\n\n" if event else ""
-
-
-def event_stream(parts: AsyncIterator[str]) -> StreamingResponse:
-    """Send server-sent events as they come; an empty one keeps the line open once in a while."""
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_kept_alive(parts), media_type="text/event-stream", headers=headers)
-
-
-async def _kept_alive(parts: AsyncIterator[str]) -> AsyncIterator[str]:
-    loop = asyncio.get_running_loop()
-    last = loop.time()
-    async for part in parts:
-        if part or loop.time() - last > KEEP_ALIVE:
-            last = loop.time()
-            yield part or ": still here\n\n"
+async def _named(events: AsyncGenerator[tuple[str, dict[str, Any]], None]) -> AsyncGenerator[str, None]:
+    try:
+        async for event, data in events:
+            yield f"event: {event}\ndata: {json.dumps(data)}\n\n" if event else ""
+    finally:
+        await events.aclose()
 
 
 def _check_page(limit: int) -> None:

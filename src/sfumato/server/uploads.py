@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from typing import Any
 
@@ -9,7 +10,6 @@ from PIL import Image, ImageOps
 
 from sfumato.errors import BadData
 from sfumato.files import write_atomically
-from sfumato.server.queue import new_id
 from sfumato.server.settings import Settings
 
 FORMATS = ["PNG", "JPEG", "WEBP"]
@@ -34,8 +34,22 @@ def open_picture(data: bytes) -> Image.Image:
 
 def read_upload(settings: Settings, data: bytes) -> dict[str, Any]:
     """Keep a picture and return its id and size; raises BadData, NoResources."""
-    image, file = open_picture(data), io.BytesIO()
+    image = open_picture(data)
+    return {"id": _write(settings, image), "width": image.width, "height": image.height}
+
+
+def keep(settings: Settings, data: bytes) -> str:
+    """Keep a picture and return its id; raises BadData, NoResources."""
+    return _write(settings, open_picture(data))
+
+
+def _write(settings: Settings, image: Image.Image) -> str:
+    """Write a picture under the hash of its file, so that the same one is kept once."""
+    file = io.BytesIO()
     image.save(file, "PNG", compress_level=3)
-    id = new_id()
-    write_atomically(settings.uploads / f"{id}.png", file.getvalue())
-    return {"id": id, "width": image.width, "height": image.height}
+    data = file.getvalue()
+    id = hashlib.sha256(data).hexdigest()
+    path = settings.uploads / f"{id}.png"
+    if not path.is_file():
+        write_atomically(path, data)
+    return id

@@ -72,7 +72,8 @@ class ModelFacts:
     @classmethod
     def from_message(cls, name: str, facts: Message) -> ModelFacts:
         """Read what ``facts_of`` wrote, under the server's name for the model."""
-        return cls(name=name, **facts | {"defaults": DefaultSettings(**facts["defaults"])})
+        values: dict[str, Any] = {**facts, "defaults": DefaultSettings(**facts["defaults"])}
+        return cls(name=name, **values)
 
 
 def facts_of(model: Any) -> Message:

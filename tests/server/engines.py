@@ -1,0 +1,76 @@
+"""Loaders of models for the server's workers, named by ``Settings.loader``.
+
+tiny: the real pipeline with random weights, 16×16. sleepy: the same, whose network sleeps 50 ms a call. deadly: the
+same, whose network does what a prompt tells it to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from sfumato.families import load
+from sfumato.families.model import Model
+
+SLEEP = 0.05  # seconds
+
+
+class Acting(nn.Module):
+    """A network that does something before each call."""
+
+    def __init__(self, network: nn.Module, act: Callable[[], None]) -> None:
+        super().__init__()
+        self.network, self.act = network, act
+
+    def forward(self, x: Tensor, clock: Tensor, **conditioning: Tensor) -> Tensor:
+        self.act()
+        return self.network(x, clock, **conditioning)
+
+
+def sleepy(name: str) -> Model:
+    model = load(name)
+    return replace(model, network=Acting(model.network, lambda: time.sleep(SLEEP)))
+
+
+def slow(name: str) -> Model:
+    """Half a second a call: for what must be caught in the act."""
+    model = load(name)
+    return replace(model, network=Acting(model.network, lambda: time.sleep(10 * SLEEP)))
+
+
+def deadly(name: str) -> Model:
+    model, fate = load(name), [""]
+
+    def encode(prompts: list[str]) -> Any:
+        fate[0] = next((p for p in prompts if p in FATES), fate[0])
+        return model.encode(prompts)
+
+    def act() -> None:
+        time.sleep(SLEEP)
+        FATES.get(fate.pop(), lambda: None)()
+        fate.append("")
+
+    return replace(model, encode=encode, network=Acting(model.network, act))
+
+
+def _raise() -> None:
+    raise RuntimeError("/secret/path: a prompt or a token may stand here")
+
+
+def _exhaust() -> None:
+    bytearray(1 << 60)
+
+
+FATES: dict[str, Callable[[], Any]] = {
+    "raise": _raise,
+    "segfault": lambda: ctypes.string_at(0),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),  # as the kernel does when memory runs out
+    "exhaust": _exhaust,
+}

@@ -1,0 +1,107 @@
+"""AUTOMATIC1111's dialect, as tools send it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from PIL import Image
+from serving import Serve, Server, until
+
+API = "/sdapi/v1"
+WHOLE: dict[str, Any] = {  # what a tool sends that fills in every default
+    "prompt": "a red apple", "negative_prompt": "rain", "styles": [], "seed": 7, "subseed": -1, "subseed_strength": 0,
+    "seed_resize_from_h": -1, "seed_resize_from_w": -1, "sampler_name": "DPM++ 2M Karras", "scheduler": "Automatic",
+    "batch_size": 2, "n_iter": 1, "steps": 3, "cfg_scale": 4, "width": 16, "height": 16, "restore_faces": False,
+    "tiling": False, "do_not_save_samples": False, "do_not_save_grid": False, "eta": None, "denoising_strength": None,
+    "s_min_uncond": None, "s_churn": None, "override_settings": {}, "enable_hr": False, "hr_scale": 2,
+    "sampler_index": "Euler", "script_args": [], "send_images": True, "save_images": False, "alwayson_scripts": {},
+}  # fmt: skip
+
+
+def picture(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_txt2img_understands_what_tools_send(shared: Server) -> None:
+    answer = shared.http.post(f"{API}/txt2img", json=WHOLE).json()
+    assert [picture(i).size for i in answer["images"]] == [(16, 16)] * 2
+    info = json.loads(answer["info"])
+    assert (info["seed"], info["all_seeds"], info["sampler_name"], info["cfg_scale"]) == (7, [7, 8], "dpmpp-2m", 4.0)
+    assert "Schedule type: Karras" in info["infotexts"][0]
+    assert info["ignored"] == ["hr_scale", "script_args"]
+    assert answer["parameters"]["prompt"] == "a red apple"
+
+    told = shared.http.post(f"{API}/png-info", json={"image": answer["images"][1]}).json()
+    assert told["info"] == info["infotexts"][1]
+    assert told["parameters"]["seed"] == 8
+    assert told["parameters"]["negative"] == "rain"
+
+
+def test_lists(shared: Server) -> None:
+    names = [s["name"] for s in shared.http.get(f"{API}/samplers").json()]
+    assert "dpmpp-2m" in names
+    assert any(s["name"] == "karras" for s in shared.http.get(f"{API}/schedulers").json())
+    (model,) = shared.http.get(f"{API}/sd-models").json()
+    assert "/" not in model["filename"]
+    override = {"override_settings": {"sd_model_checkpoint": model["title"]}}
+    assert shared.http.post(f"{API}/txt2img", json={"prompt": "a", "steps": 1, **override}).status_code == 200
+    assert shared.http.get(f"{API}/options").json()["sd_model_checkpoint"] == model["model_name"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"restore_faces": True}, "restore_faces is not there"),
+        ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts is not there"),
+        ({"sampler_name": "best"}, "unknown sampler 'best'"),
+        ({"width": 17}, "the nearest is"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "override_settings"),
+    ],
+)
+def test_what_cannot_be_served_is_an_error_in_their_form(
+    shared: Server, settings: dict[str, Any], message: str
+) -> None:
+    answer = shared.http.post(f"{API}/txt2img", json={**WHOLE, **settings})
+    assert answer.status_code == 422
+    assert message in answer.json()["detail"]
+    assert answer.json()["error"] == "bad_request"
+
+
+def test_progress_and_interrupt_are_of_the_callers_own_job(serve: Serve) -> None:
+    server = serve("engines:sleepy", "--batch", "4")
+    answers: dict[str, httpx.Response] = {}
+
+    def make(name: str, steps: int) -> None:
+        settings = {"prompt": "a red apple", "steps": steps}
+        answers[name] = httpx.post(
+            f"{server.url}{API}/txt2img", json=settings, headers={"X-Client-Id": name}, timeout=60
+        )
+
+    def progress(name: str) -> dict[str, Any]:
+        return httpx.get(f"{server.url}{API}/progress", headers={"X-Client-Id": name}).json()
+
+    threads = [threading.Thread(target=make, args=("one", 150)), threading.Thread(target=make, args=("two", 20))]
+    for thread in threads:
+        thread.start()
+    until(lambda: 0 < progress("one")["progress"] and 0 < progress("two")["progress"])
+    seen = until(lambda: (p := progress("one"))["current_image"] and p)
+    assert picture(seen["current_image"]).size == (16, 16)
+    assert seen["state"]["sampling_steps"] == 150
+    assert progress("nobody")["progress"] == 0
+
+    for name in ("nobody", "one"):
+        assert httpx.post(f"{server.url}{API}/interrupt", headers={"X-Client-Id": name}).status_code == 200
+    for thread in threads:
+        thread.join(60)
+    assert json.loads(answers["one"].json()["info"])["interrupted"] is True
+    assert answers["one"].json()["images"] == []
+    assert len(answers["two"].json()["images"]) == 1
+    assert server.check_sum() == {"done": 1, "cancelled": 1, "failed": 0, "queued": 0, "running": 0}

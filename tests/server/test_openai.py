@@ -1,0 +1,92 @@
+"""OpenAI's dialect, spoken by OpenAI's own client."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from serving import Server
+
+
+@pytest.fixture
+def client(shared: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{shared.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def decoded(item: Any) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(item.b64_json)))
+
+
+def test_words_become_pictures_as_text_and_at_a_url(client: openai.OpenAI, shared: Server) -> None:
+    answer = client.images.generate(prompt="a red apple", n=2, size="32x16", extra_body={"seed": 7, "steps": 2})  # type: ignore[arg-type]
+    assert answer.data is not None
+    assert [decoded(d).size for d in answer.data] == [(32, 16), (32, 16)]
+    for item in answer.data:
+        at_url = Image.open(io.BytesIO(httpx.get(str(item.url)).content))
+        assert np.array_equal(np.asarray(at_url), np.asarray(decoded(item)))
+    again = client.images.generate(
+        prompt="a red apple", size="32x16", response_format="b64_json", extra_body={"seed": 8, "steps": 2}  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert again.data is not None
+    assert again.data[0].url is None
+    difference = np.asarray(decoded(again.data[0])).astype(int) - np.asarray(decoded(answer.data[1]))
+    assert abs(difference).max() <= 1  # another batch rounds otherwise
+
+
+@pytest.mark.parametrize("form", ["jpeg", "webp"])
+def test_other_formats(client: openai.OpenAI, form: Any) -> None:
+    answer = client.images.generate(prompt="a", output_format=form, output_compression=50, extra_body={"steps": 1})
+    assert answer.data is not None
+    assert decoded(answer.data[0]).format == form.upper()
+
+
+def test_partial_images_come_before_the_whole(client: openai.OpenAI) -> None:
+    with client.images.generate(prompt="a", stream=True, partial_images=2, extra_body={"steps": 40}) as stream:
+        events = list(stream)
+    assert events[-1].type == "image_generation.completed"
+    assert decoded(events[-1]).size == (16, 16)
+    partial = [e for e in events if e.type == "image_generation.partial_image"]
+    assert [e.partial_image_index for e in partial] == list(range(len(partial)))
+    assert 1 <= len(partial) <= 2
+    assert len(events) == len(partial) + 1
+
+
+def test_models(client: openai.OpenAI, shared: Server) -> None:
+    (model,) = client.models.list().data
+    assert client.models.retrieve(model.id).id == model.id
+    assert client.images.generate(prompt="a", model=model.id, extra_body={"steps": 1}).data
+    assert client.images.generate(prompt="a", model="gpt-image-1", extra_body={"steps": 1}).data
+    with pytest.raises(openai.UnprocessableEntityError, match="no model 'other'"):
+        client.images.generate(prompt="a", model="other")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 0}, "n must be"),
+        ({"size": "17x16"}, "does not fit"),
+        ({"size": "large"}, "size must be"),
+        ({"background": "transparent"}, "background can only be"),
+        ({"partial_images": 9}, "partial_images must be"),
+        ({"response_format": "url", "output_format": "jpeg"}, "at a URL are PNG"),
+        ({"extra_body": {"stepz": 3}}, "unknown setting 'stepz'"),
+        ({"extra_body": {"steps": "3"}}, "steps must be a whole number"),
+    ],
+)
+def test_what_cannot_be_served_is_an_error_in_their_form(
+    client: openai.OpenAI, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match=message) as caught:
+        client.images.generate(prompt="a", **settings)
+    assert caught.value.type == "invalid_request_error"
+    assert caught.value.code == "bad_request"
