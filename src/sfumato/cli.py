@@ -25,6 +25,7 @@ from sfumato.pipeline.request import Request
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.tensors import Header
+    from sfumato.families.additions import Additions, Ingredient
     from sfumato.pipeline.picture import Picture, Pixels
     from sfumato.pipeline.pipeline import Pipeline
 
@@ -166,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("info", _info, "show what a picture or a weight file says of itself")
     sub.add_argument("what", metavar="MODEL|PICTURE")
+    _add_reading(sub)
     _add_json(sub)
 
     sub = command("samplers", _samplers, "list samplers, spacings and guidance, with other tools' names for them")
@@ -218,7 +220,28 @@ def _value(kind: str, text: str) -> Any:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="M", help="weight file or name of a model (default: the one built in)")
+    add = parser.add_argument
+    add("--model", metavar="M", help="weight file, folder or name of a model (default: the one built in)")
+    add(
+        "--lora",
+        metavar="FILE[:W]",
+        action="append",
+        default=[],
+        help="add a LoRA, with weight W (default: 1); several",
+    )
+    add("--embedding", metavar="WORD=FILE", action="append", default=[], help="teach prompts a learned word; several")
+    _add_reading(parser)
+    add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--variant", metavar="NAME", help="which files of a folder to take, such as fp16")
+    add(
+        "--allow-pickle",
+        action="store_true",
+        help="read .ckpt, .pt and .bin files too, in a process that can do little",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -249,7 +272,7 @@ def _generate(args: argparse.Namespace) -> int:
     scale = _scale(args.scale)
     target = Target.plan(args.out, args.force, files=1 if args.grid else request.n)
     film = None if args.trajectory is None else Target.plan(args.trajectory, args.force, files=1, suffix=".gif")
-    pipe = _load(args.model)
+    pipe = _load(args)
     request = request.resolve(pipe.model)
     pictures, frames = _run_with_progress(pipe, request, film is not None)
     if args.grid:
@@ -271,7 +294,8 @@ def _replay(args: argparse.Namespace) -> int:
     old = stored.picture
     scale = _scale(args.scale) or stored.scale
     target = Target.plan(args.out, args.force, files=1)
-    pipe = _load(args.model or Path(old.model).name, threads=old.made_with.get("threads"))
+    args.model = args.model or Path(old.model).name
+    pipe = _load(args, _found(old.ingredients, args), old.made_with.get("threads"))
     if pipe.model.hash != old.model_hash:
         raise BadCheckpoint(
             f"{args.picture} was made by model {old.model!r} with hash {old.model_hash[:12]}, but "
@@ -306,9 +330,10 @@ def _info(args: argparse.Namespace) -> int:
             "model_hash": p.model_hash,
             "request": p.request.to_dict(),
             "made_with": dict(p.made_with),
+            **({"ingredients": {str(i): i.hash for i in p.ingredients}} if p.ingredients else {}),
         }
     else:
-        facts = _model_facts(path, args.what)
+        facts = _model_facts(path, args)
     if args.json:
         _print_json(facts)
     else:
@@ -316,23 +341,24 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model_facts(path: Path, name: str) -> dict[str, Any]:
-    """What the header of a weight file says; no weights are read."""
+def _model_facts(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What the headers of weight files say; no weights are read."""
     import json
 
-    from sfumato.checkpoints.tensors import read_header
+    from sfumato.checkpoints.formats import weights_header
     from sfumato.families import describe, locate
 
     if not path.is_file():
-        path = locate(name)
+        path = locate(args.what)
+    how = {"variant": args.variant, "allow_pickle": args.allow_pickle}
     if path.is_dir():
-        return {"model": str(path), **describe(path)}
-    header = read_header(path)
+        return {"model": str(path), **describe(path, **how)}
+    header = weights_header(path, allow_pickle=args.allow_pickle)
     facts = {"model": str(path), **_header_facts(header)}
     if not any(key.startswith("sfumato-") for key in header.metadata):
         try:
-            facts |= describe(path)
-        except BadCheckpoint as e:  # any safetensors file may be looked at
+            facts |= describe(path, **how)
+        except BadCheckpoint as e:  # any file of tensors may be looked at
             facts["family"] = str(e)
     for key, text in header.metadata.items():
         if key.startswith("sfumato-"):
@@ -490,18 +516,82 @@ def _scale(text: str | None) -> int | None:
     return int(text)
 
 
-def _load(name: str | None, threads: object = None) -> Pipeline:
-    from sfumato.families import locate
+def _load(args: argparse.Namespace, additions: Additions | None = None, threads: object = None) -> Pipeline:
+    """Load the model that the flags name, with the additions that they name unless others are given."""
+    from sfumato import families
 
-    locate(name)  # a wrong name is told at once, torch takes seconds
-    with _status(f"loading {name or 'the model'}"):
-        from sfumato.pipeline.pipeline import load
+    additions = additions or _additions(args)
+    families.locate(args.model)  # a wrong name is told at once, torch takes seconds
+    for ingredient in additions.ingredients():  # as is a missing file
+        assert ingredient
+    with _status(f"loading {args.model or 'the model'}"):
+        from sfumato.pipeline.pipeline import Pipeline
 
         if isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= 256:
             import torch
 
             torch.set_num_threads(threads)  # the order of sums, and so the last bits, may depend on it
-        return load(name)
+        how = {"variant": args.variant, "allow_pickle": args.allow_pickle, "partial": args.partial}
+        return Pipeline(families.load(args.model, additions, **how))
+
+
+def _additions(args: argparse.Namespace) -> Additions:
+    """What the flags ask to add to the model; raises BadRequest."""
+    from sfumato.families.additions import Additions
+
+    embeddings: dict[str, str] = {}
+    for text in args.embedding:
+        word, sign, file = text.partition("=")
+        if not (word and sign and file):
+            raise BadRequest(f"--embedding must be WORD=FILE, such as <cat>=cat.safetensors, not {text!r}")
+        if word in embeddings:
+            raise BadRequest(f"--embedding names the word {word!r} twice")
+        embeddings[word] = file
+    return Additions.of([_lora(text) for text in args.lora], embeddings)
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT; a colon that belongs to the file's name is left alone."""
+    file, colon, weight = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        if os.path.exists(file):
+            raise BadRequest(f"the weight in --lora {text} is no number") from None
+        return text, 1.0
+
+
+def _found(ingredients: Sequence[Ingredient], args: argparse.Namespace) -> Additions:
+    """The files of a picture's ingredients, known by their content: those that flags name, and those of the same name
+    beside the picture, beside the model, or here. Raises BadCheckpoint for those that are not there.
+    """
+    from sfumato.families.additions import Additions, content_hash
+
+    given = _additions(args)
+    named = [path for path, _ in given.loras] + list(given.embeddings.values())
+    beside = [Path(), Path(args.picture).parent, Path(args.model or "").parent]
+    hashes = {path: content_hash(path) for path in named}
+    places: dict[Ingredient, Path] = {}
+    for it in ingredients:
+        for folder in beside:
+            if it.name == Path(it.name).name and (folder / it.name).exists() and folder / it.name not in hashes:
+                hashes[folder / it.name] = content_hash(folder / it.name)
+        found = next((path for path, hash in hashes.items() if hash == it.hash), None)
+        if found is None:
+            flag = {"lora": "--lora FILE", "embedding": f"--embedding {it.word}=FILE", "vae": "--vae FILE"}
+            raise BadCheckpoint(
+                f"{args.picture} was made with the {it} (sha256 {it.hash[:12]}), which is not here: "
+                f"name it with {flag.get(it.kind, '--control FILE')}"
+            )
+        places[it] = found
+    if unused := [p for p in named if p not in places.values()]:
+        raise BadRequest(f"{args.picture} was not made with {unused[0]}: leave it out")
+    return Additions.of(
+        [(path, it.weight or 0.0) for it, path in places.items() if it.kind == "lora"],
+        {it.word or "": path for it, path in places.items() if it.kind == "embedding"},
+    )
 
 
 def _run_with_progress(pipe: Pipeline, request: Request, film: bool) -> tuple[list[Picture], list[Pixels]]:

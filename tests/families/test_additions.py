@@ -10,15 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from published import make
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato import families
 from sfumato.checkpoints.folder import read_folder
 from sfumato.checkpoints.keymaps import flux, unet
 from sfumato.checkpoints.lora import add_loras, delta, read_lora
-from sfumato.errors import BadCheckpoint
+from sfumato.cli import main
+from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.families.additions import Additions
 from sfumato.families.convert import convert
+from sfumato.pipeline.picture import read
 from sfumato.pipeline.pipeline import Pipeline
 
 Tensors = dict[str, torch.Tensor]
@@ -68,10 +71,11 @@ def test_all_programs_names_give_the_same_model(folder: Path, tmp_path: Path) ->
     pictures, hashes = [], set()
     for form in ("kohya", "original", "peft"):
         save_file(lora_of(folder, form), tmp_path / f"{form}.safetensors")
-        model = families.load(folder, loras=[(tmp_path / f"{form}.safetensors", 0.8)])
+        model = families.load(folder, Additions.of([(tmp_path / f"{form}.safetensors", 0.8)]))
         pictures.append(generate(model))
         hashes.add(model.hash)
         assert f"{form}.safetensors × 0.8" in model.card["additions"]
+        assert [str(i) for i in model.ingredients] == [f"lora {form}.safetensors × 0.8"]
     assert np.abs(pictures[0].astype(int) - generate(plain)).max() > 20
     assert all(np.abs(p.astype(int) - pictures[0]).max() <= 1 for p in pictures)
     assert plain.hash not in hashes
@@ -170,7 +174,7 @@ def test_what_does_not_fit_is_refused(fault: str, folder: Path, tmp_path: Path) 
     path = tmp_path / "lora.safetensors"
     save_file(tensors, path)
     with pytest.raises(BadCheckpoint, match=reason) as caught:
-        families.load(folder, loras=[(path, 1.0)])
+        families.load(folder, Additions.of([path]))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -179,19 +183,90 @@ def test_a_learned_word_stands_for_its_vectors(folder: Path, tmp_path: Path) -> 
     path = tmp_path / "word.safetensors"
     torch.manual_seed(1)
     save_file({"emb_params": torch.randn(2, 64)}, path)
-    plain, model = families.load(folder), families.load(folder, words={"<fox*>": path})
+    plain, model = families.load(folder), families.load(folder, Additions.of(embeddings={"<fox*>": path}))
     assert np.array_equal(generate(model), generate(plain))
     learned = generate(model, "a red <fox*>, running")
     assert np.abs(learned.astype(int) - generate(plain, "a red <fox*>, running")).max() > 5
     save_file({"word": torch.randn(1, 7)}, path)
     with pytest.raises(BadCheckpoint, match="width 7"):
-        families.load(folder, words={"x": path})
+        families.load(folder, Additions.of(embeddings={"x": path}))
 
 
 def test_loras_are_for_published_models(folder: Path, tmp_path: Path) -> None:
     file = convert(folder, tmp_path / "model.safetensors")
     save_file(lora_of(folder, "kohya"), tmp_path / "lora.safetensors")
-    one, other = (families.load(p, loras=[(tmp_path / "lora.safetensors", 1.0)]) for p in (folder, file))
+    one, other = (families.load(p, Additions.of([tmp_path / "lora.safetensors"])) for p in (folder, file))
     assert one.hash == other.hash
     assert np.array_equal(generate(one), generate(other))
     assert sfumato.load(folder).model.hash != one.hash
+
+
+def test_the_command_adds_and_replays_by_content(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    lora, word = tmp_path / "style.safetensors", tmp_path / "fox.safetensors"
+    save_file(lora_of(folder, "kohya"), lora)
+    save_file({"emb_params": torch.randn(2, 64)}, word)
+    side = 8 * families.load(folder).factor
+    made, plain = tmp_path / "made.png", tmp_path / "plain.png"
+    asked = ["--model", str(folder), "--steps", "2", "--seed", "1", "--size", f"{side}x{side}"]
+    additions = ["--lora", f"{lora}:0.5", "--lora", str(lora), "--embedding", f"<fox>={word}"]
+    assert main(["generate", "a <fox>", *asked, *additions, "--out", str(made)]) == 0
+    assert main(["generate", "a <fox>", *asked, "--out", str(plain)]) == 0
+    old = read(made).picture
+    assert [str(i) for i in old.ingredients] == [
+        "lora style.safetensors × 0.5", "lora style.safetensors × 1", "embedding <fox>=fox.safetensors",
+    ]  # fmt: skip
+    assert str(tmp_path) not in made.read_bytes().decode("latin-1"), "a picture tells no one's folders"
+    assert not np.array_equal(old.pixels, read(plain).picture.pixels)
+    replayed = ["replay", str(made), "--model", str(folder), "--out", str(tmp_path / "again.png"), "--force"]
+    assert main(replayed) == 0  # the files lie beside the picture
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = [p.rename(elsewhere / f"renamed-{p.name}") for p in (lora, word)]
+    capsys.readouterr()
+    assert main(replayed) == 3
+    said = capsys.readouterr().err
+    assert "lora style.safetensors × 0.5" in said
+    assert "--lora FILE" in said
+    assert said.count("\n") == 1
+    assert main([*replayed, "--lora", str(moved[0]), "--embedding", f"x={moved[1]}"]) == 0
+    assert main(["replay", str(plain), "--model", str(folder), "--lora", str(moved[0])]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "reason"),
+    [
+        (["--lora", "nowhere.safetensors:0.5"], 3, "no such file"),
+        (["--embedding", "cat"], 2, "WORD=FILE"),
+        (["--embedding", "two words=x"], 2, "without spaces"),
+        (["--embedding", "a=x", "--embedding", "a=y"], 2, "twice"),
+        (["--lora", "x.safetensors:1e9"], 2, "weight of x.safetensors"),
+        (["--lora", "x.safetensors:nan"], 2, "weight of x.safetensors"),
+    ],
+)
+def test_additions_that_cannot_be_are_told_in_one_line(
+    flags: list[str], code: int, reason: str, folder: Path, capsys: Any
+) -> None:
+    assert main(["generate", "a", "--model", str(folder), *flags]) == code
+    said = capsys.readouterr().err
+    assert reason in said
+    assert said.count("\n") == 1
+
+
+def test_the_embedded_family_takes_no_additions(tiny_file: Path, tmp_path: Path) -> None:
+    save_file({"unet.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(BadRequest, match="cannot be added"):
+        sfumato.load(tiny_file, loras=[tmp_path / "lora.safetensors"])
+
+
+def test_a_partial_model_says_what_it_lacks(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(convert(folder, tmp_path / "model.safetensors"))
+    lost = "model.diffusion_model.input_blocks.1.0.in_layers.0.bias"
+    del tensors[lost]
+    save_file(tensors | {"model.diffusion_model.more": torch.ones(2)}, tmp_path / "gaps.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"no place.*--partial"):
+        sfumato.load(tmp_path / "gaps.safetensors")
+    card = sfumato.load(tmp_path / "gaps.safetensors", partial=True).model.card
+    assert "1 missing: down_blocks.0.resnets.0.norm1.bias" in card["unet's gaps"]
+    assert "model.diffusion_model.more" in card["left out"]
+    assert card["matched"].startswith("99.")
+    assert sfumato.load(folder).model.card["matched"].startswith("100%")

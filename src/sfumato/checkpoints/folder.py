@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato.checkpoints.formats import weights as read_weights
 from sfumato.checkpoints.published import (
     NETWORKS,
     TOKENIZER_FILES,
@@ -26,7 +27,6 @@ from sfumato.checkpoints.published import (
     read_json,
     read_text,
 )
-from sfumato.checkpoints.tensors import read_tensors
 from sfumato.errors import BadCheckpoint, NoResources
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _SHARD = re.compile(r"-?\d{5}-of-\d{5}")
+_PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")  # as folders of old have them
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
@@ -42,7 +43,9 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and ((path / "model_index.json").is_file() or (path / "config.json").is_file())
 
 
-def read_folder(path: Path, variant: str | None = None, *, weights: bool = True) -> Published:
+def read_folder(
+    path: Path, variant: str | None = None, *, weights: bool = True, allow_pickle: bool = False
+) -> Published:
     """Read a published folder; tensors are mapped, not copied.
 
     Args:
@@ -50,6 +53,7 @@ def read_folder(path: Path, variant: str | None = None, *, weights: bool = True)
         variant: which files to take, such as "fp16"; None takes those without a variant or, if there are none, the
             only one there is.
         weights: False leaves the tensors unread.
+        allow_pickle: whether components without safetensors may be read from pickles: see ``pickles``.
 
     Raises BadCheckpoint, naming the file, for what is missing, damaged, or names files elsewhere.
     """
@@ -68,10 +72,10 @@ def read_folder(path: Path, variant: str | None = None, *, weights: bool = True)
                 raise BadCheckpoint(f"{path}: its model_index.json names a {component}, but there is no such folder")
             continue
         configs[component] = read_json(folder / "config.json")
-        own = weight_files(folder, variant)
+        own = weight_files(folder, variant, allow_pickle=allow_pickle)
         files += own
         if weights:
-            tensors[component] = _tidy(component, _merge(own))
+            tensors[component] = _tidy(component, _merge(own, allow_pickle))
     if (path / "scheduler").is_dir():
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
     tokenizers = {c: read_tokenizer(path / c) for c in TOKENIZERS if (path / c).is_dir()}
@@ -83,8 +87,8 @@ def read_tokenizer(folder: Path) -> dict[str, str]:
     return {name: read_text(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files that make up one component, all of them there.
+def weight_files(folder: Path, variant: str | None = None, *, allow_pickle: bool = False) -> list[Path]:
+    """The files that make up one component, all of them there: safetensors or, if there are none, allowed pickles.
 
     Raises BadCheckpoint if there are none, if one of several is missing, or if the index names other places.
     """
@@ -98,12 +102,16 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             if (folder / index).is_file():
                 return _shards(folder / index)
     others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".msgpack")]
+    if allow_pickle:
+        for name in _PICKLES:
+            if (folder / name).is_file():
+                return [folder / name]
     if variant is not None:
         raise BadCheckpoint(f"{folder}: has no safetensors of the variant {variant!r}")
     if others:
         raise BadCheckpoint(
             f"{folder}: its weights are only in {others[0]}, a form that can run code when it is read; "
-            "take the safetensors of the same model"
+            "take the safetensors of the same model, or allow it with --allow-pickle"
         )
     raise BadCheckpoint(f"{folder}: holds no safetensors file with weights")
 
@@ -132,10 +140,10 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _merge(files: list[Path]) -> dict[str, Tensor]:
+def _merge(files: list[Path], allow_pickle: bool) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     for file in files:
-        part = read_tensors(file)
+        part = read_weights(file, allow_pickle=allow_pickle)
         if twice := merged.keys() & part.keys():
             raise BadCheckpoint(f"{file}: holds {min(twice)}, which another file of the same component holds too")
         merged |= part

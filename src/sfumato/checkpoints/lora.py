@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.checkpoints import keymaps
+from sfumato.checkpoints.formats import weights
 from sfumato.checkpoints.keymaps import Place
 from sfumato.checkpoints.published import ADDED_WORDS, Json, Published
-from sfumato.checkpoints.tensors import read_tensors
 from sfumato.errors import BadCheckpoint
 
 if TYPE_CHECKING:
@@ -55,11 +55,11 @@ class Addition:
     modules: Mapping[str, Mapping[str, Tensor]]
 
 
-def read_lora(path: Path) -> Addition:
+def read_lora(path: Path, *, allow_pickle: bool = False) -> Addition:
     """Read a LoRA, LoHa or LoKr file; BadCheckpoint for what is none, or of a kind that cannot be followed."""
     modules: dict[str, dict[str, Tensor]] = {}
     strange: list[str] = []
-    for name, tensor in read_tensors(path).items():
+    for name, tensor in weights(path, allow_pickle=allow_pickle).items():
         if m := _PROCESSOR.fullmatch(name):
             target = f"{m[1]}.{m[2]}" + (".0" if m[2] == "to_out" else "")
             modules.setdefault(target, {})[m[3]] = tensor
@@ -220,7 +220,7 @@ def _product(up: Tensor, down: Tensor, core: Tensor | None, swapped: bool = Fals
     return torch.einsum("or,rshw,si->oihw", up, core, down.flatten(1))
 
 
-def add_words(model: Published, path: Path, word: str) -> Published:
+def add_words(model: Published, path: Path, word: str, *, allow_pickle: bool = False) -> Published:
     """The model with a word learned by textual inversion (2208.01618), which may stand for several vectors.
 
     Args:
@@ -230,7 +230,7 @@ def add_words(model: Published, path: Path, word: str) -> Published:
     """
     import torch
 
-    found = read_tensors(path)
+    found = {k: t for k, t in weights(path, allow_pickle=allow_pickle).items() if t.ndim}
     by_tower = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     if found.keys() <= by_tower.keys() and found:
         vectors = {by_tower[k]: t for k, t in found.items()}

@@ -17,6 +17,8 @@ from sfumato.errors import BadCheckpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sfumato.checkpoints.tensors import LoadReport
+
 Json: TypeAlias = Mapping[str, Any]
 
 MAX_TEXT = 32 << 20  # bytes of a configuration or a tokenizer's file
@@ -41,6 +43,8 @@ class Published:
         tokenizers: component → file name → its text; a component without files uses the packaged vocabulary.
         why: what is known, and from what, one line each.
         files: the files that hold the tensors.
+        partial: whether missing, extra and misshaped tensors are let pass, and reported.
+        reports: component → what found its place; filled as the networks are built.
     """
 
     path: Path
@@ -50,6 +54,8 @@ class Published:
     tokenizers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     why: Mapping[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    partial: bool = False
+    reports: dict[str, LoadReport] = field(default_factory=dict, compare=False)
 
     @property
     def size(self) -> int:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoints import keymaps
+from sfumato.checkpoints.formats import weights as read_weights
+from sfumato.checkpoints.formats import weights_header
 from sfumato.checkpoints.keymaps import Place, prefixed, to_ours, to_theirs
 from sfumato.checkpoints.published import Json, Published
-from sfumato.checkpoints.tensors import read_header, read_tensors
 from sfumato.errors import BadCheckpoint, NoResources
 
 if TYPE_CHECKING:
@@ -71,12 +72,14 @@ def single_file_layout(names: Mapping[str, Any] | set[str]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.sign in names), None)
 
 
-def read_single_file(path: Path, *, weights: bool = True) -> Published:
+def read_single_file(
+    path: Path, *, weights: bool = True, allow_pickle: bool = False, partial: bool = False
+) -> Published:
     """Read a single file; tensors are mapped, not copied, and without ``weights`` only the header is read.
 
     Raises BadCheckpoint for a damaged file, an unknown layout, a part that is missing or a tensor that has no place.
     """
-    header = read_header(path)
+    header = weights_header(path, allow_pickle=allow_pickle)
     shapes = {name: info.shape for name, info in header.tensors.items()}
     layout = single_file_layout(set(shapes))
     if layout is None:
@@ -93,7 +96,7 @@ def read_single_file(path: Path, *, weights: bool = True) -> Published:
 
     if not weights:
         return Published(path, "single file", configs, {}, tokenizers, why, (path,))
-    raw = read_tensors(path)
+    raw = read_weights(path, allow_pickle=allow_pickle)
     tensors: dict[str, dict[str, Tensor]] = {}
     used: set[str] = set()
     for part in layout.parts:
@@ -111,10 +114,12 @@ def read_single_file(path: Path, *, weights: bool = True) -> Published:
     if layout.family == "sd2":  # the last layer, whose output this family does not use
         layers = configs["text_encoder"]["num_hidden_layers"]
         left = [name for name in left if f".transformer.resblocks.{layers}." not in name]
-    if left:
+    if left and partial:
+        why["left out"] = f"{len(left)} tensors without a place: {', '.join(left[:5])}{', …' if len(left) > 5 else ''}"
+    elif left:
         raise BadCheckpoint(
             f"{path}: {len(left)} tensors have no place in a {layout.family} model: {', '.join(left[:5])}"
-            f"{', …' if len(left) > 5 else ''}"
+            f"{', …' if len(left) > 5 else ''} (--partial lets them pass)"
         )
     return Published(path, "single file", configs, tensors, tokenizers, why, (path,))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
@@ -11,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.errors import BadCheckpoint, BadRequest, nearest
+from sfumato.families.additions import Additions
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.published import Published
     from sfumato.families.model import Model
 
 DEFAULT_MODEL = "emoji-32"
+NATIVE_FORMAT = "sfumato-native-1"  # the key of the metadata in files of our own family
 PUBLISHED = ("sd1", "sd2", "sdxl", "sd3", "flux", "dit")  # recipes, each of which recognizes its own
 
 
@@ -40,49 +41,66 @@ def locate(name: str | Path | None) -> Path:
         return path / "final.safetensors"
     if (path / "model_index.json").is_file():  # a published folder
         return path
+    if path.is_dir():
+        raise BadCheckpoint(f"{path}: a folder without model_index.json: not a whole published model")
     hint = nearest(str(name), list(models))
     raise BadRequest(f"no model {str(name)!r}: neither a file nor one of {', '.join(models) or 'none embedded'}{hint}")
 
 
 def load(
-    name: str | Path | None = None, *, loras: Sequence[tuple[Path, float]] = (), words: Mapping[str, Path] | None = None
+    name: str | Path | None = None,
+    additions: Additions | None = None,
+    *,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    partial: bool = False,
 ) -> Model:
     """Load a model by embedded name or path.
 
     Args:
-        loras: files of LoRAs to add to a published model, each with its weight.
-        words: words learned by textual inversion, each with its file.
+        additions: LoRAs, learned words and other files to add to a published model.
+        variant: which files of a folder to take, such as "fp16".
+        allow_pickle: whether files that can run code may be read, by a child that may not.
+        partial: let missing, extra and misshaped tensors pass, and report them in the model's card.
 
     Raises BadRequest if there is no such model, BadCheckpoint if its file cannot be trusted or does not fit.
     """
     path = locate(name)
     display = str(name) if name is not None else DEFAULT_MODEL
-    if path.is_dir():
-        return _build(_with_additions(_read(path), loras, words or {}), display)
+    additions = additions or Additions()
+    if not path.is_dir() and (metadata := _native_metadata(path)) is not None:
+        from sfumato.checkpoints.tensors import read_tensors
+        from sfumato.families.native import load_native
 
-    from sfumato.checkpoints.tensors import read_header, read_tensors
-    from sfumato.families.native import FORMAT, load_native
-
-    header = read_header(path)
-    if FORMAT in header.metadata:
-        if loras or words:
-            raise BadRequest(f"{display}: LoRAs and learned words are for published models")
+        if additions:
+            raise BadRequest(f"{display}: what can be added to published models cannot be added to this one")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return load_native(path, display, read_tensors(path), header.metadata[FORMAT], digest)
+        return load_native(path, display, read_tensors(path), metadata, digest)
 
-    return _build(_with_additions(_read(path), loras, words or {}), display)
+    ingredients = tuple(additions.ingredients())  # a missing file is told before the model is read
+    published = replace(_read(path, variant, allow_pickle=allow_pickle, partial=partial), partial=partial)
+    published = additions.apply(published, allow_pickle=allow_pickle, partial=partial)
+    return replace(_build(published, display), ingredients=ingredients)
 
 
-def describe(path: Path) -> dict[str, str]:
+def _native_metadata(path: Path) -> str | None:
+    """The configuration in a file of our own family; None if it is of another."""
+    from sfumato.checkpoints.formats import form_of
+    from sfumato.checkpoints.tensors import read_header
+
+    return read_header(path).metadata.get(NATIVE_FORMAT) if form_of(path) == "safetensors" else None
+
+
+def describe(path: Path, variant: str | None = None, *, allow_pickle: bool = False) -> dict[str, str]:
     """What a published folder or single file is, and why that is known, from its headers alone.
 
     Raises BadCheckpoint as ``load`` does for what the headers tell.
     """
-    from sfumato.checkpoints.tensors import read_header
+    from sfumato.checkpoints.formats import weights_header
 
-    published = _read(path, weights=False)
+    published = _read(path, variant, weights=False, allow_pickle=allow_pickle)
     family, reason = recognize(published)
-    headers = [read_header(file) for file in published.files]
+    headers = [weights_header(file, allow_pickle=allow_pickle) for file in published.files]
     numbers = sum(h.parameters for h in headers)
     stated = published.configs.get("scheduler", {}).get("prediction_type")
     undecided = {"sd2": "decided by one call of the network", "sd3": "flow", "flux": "flow"}
@@ -99,20 +117,15 @@ def describe(path: Path) -> dict[str, str]:
     }
 
 
-def _read(path: Path, *, weights: bool = True) -> Published:
+def _read(
+    path: Path, variant: str | None = None, *, weights: bool = True, allow_pickle: bool = False, partial: bool = False
+) -> Published:
     from sfumato.checkpoints.folder import read_folder
     from sfumato.checkpoints.single_file import read_single_file
 
-    return read_folder(path, weights=weights) if path.is_dir() else read_single_file(path, weights=weights)
-
-
-def _with_additions(published: Published, loras: Sequence[tuple[Path, float]], words: Mapping[str, Path]) -> Published:
-    from sfumato.checkpoints.lora import add_loras, add_words, read_lora
-
-    published = add_loras(published, [(read_lora(path), weight) for path, weight in loras])
-    for word, path in words.items():
-        published = add_words(published, path, word)
-    return published
+    if path.is_dir():
+        return read_folder(path, variant, weights=weights, allow_pickle=allow_pickle)
+    return read_single_file(path, weights=weights, allow_pickle=allow_pickle, partial=partial)
 
 
 def recognize(published: Published) -> tuple[str, str]:

@@ -44,16 +44,23 @@ class _Unfilled(TorchFunctionMode):
 def build(model: Published, component: str, network: Callable[[Any], M], config: Any) -> M:
     """Build a network without memory of its own and give it a component's tensors, in float32.
 
-    Tensors that are float32 in the file stay mapped to it. Raises BadCheckpoint if they do not fit exactly.
+    Tensors that are float32 in the file stay mapped to it. Raises BadCheckpoint if they do not fit exactly or, where
+    the model is partial, not at all; what is missing then has the first values of training.
     """
     if component not in model.tensors:
         raise BadCheckpoint(f"{model.path}: has no {component}")
     try:
-        with torch.device("meta"), _Unfilled():
-            module = network(config)
-        load_into(module, model.tensors[component])
+        if model.partial:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                module = network(config)
+        else:
+            with torch.device("meta"), _Unfilled():
+                module = network(config)
+        model.reports[component] = load_into(module, model.tensors[component], partial=model.partial)
     except (BadCheckpoint, ValueError, RuntimeError) as e:
-        raise BadCheckpoint(f"{model.path}: {component}: {e}") from None
+        hint = " (--partial lets that pass)" if "do not fit the network:" in str(e) else ""
+        raise BadCheckpoint(f"{model.path}: {component}: {e}{hint}") from None
     return module.eval().requires_grad_(False)
 
 
@@ -244,12 +251,16 @@ def assemble(
 
 def card(model: Published, prediction: str) -> dict[str, str]:
     """What ``sfumato info`` tells of a published model."""
-    count = sum(len(t) for t in model.tensors.values())
+    reports = model.reports
+    loaded = sum(len(r.loaded) for r in reports.values())
+    wanted = loaded + sum(len(r.missing) + len(r.misshaped) for r in reports.values())
+    gaps = {f"{c}'s gaps": str(r) for c, r in reports.items() if r.matched < 1 or r.extra}
     return {
         "form": model.form,
         **model.why,
         "prediction": model.why.get("prediction", prediction),
-        "matched": f"100% of {count} tensors",
+        "matched": f"{100 * loaded / max(1, wanted):.4g}% of {wanted} tensors",
+        **gaps,
         "stored as": model.dtypes,
         "parameters": f"{model.parameters / 1e6:.1f} M",
         "size": f"{model.size / 2**20:.0f} MiB",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sfumato.diffusion.parameterizations import Parameterization
 from sfumato.diffusion.schedules import Schedule
+from sfumato.families.additions import Ingredient
 from sfumato.text.spelling import Word
 
 # What a network is told besides x and the clock: keyword → tensor with the batch first.
@@ -61,6 +62,7 @@ class Model:
         distilled: the network itself was trained to follow the guidance scale, which it is told by ``situate``: there
             is no second call without the words.
         card: what is known of the model's origin, for ``sfumato info``.
+        ingredients: the files beside the model that it was made of, for its pictures to keep.
     """
 
     name: str
@@ -82,3 +84,4 @@ class Model:
     distilled: bool = False
     defaults: Defaults = field(default_factory=Defaults)
     card: Mapping[str, str] = field(default_factory=dict)
+    ingredients: tuple[Ingredient, ...] = ()

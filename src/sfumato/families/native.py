@@ -24,11 +24,12 @@ from sfumato.config import from_dict
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
 from sfumato.diffusion.schedules import SCHEDULES, Schedule
 from sfumato.errors import BadCheckpoint, nearest
+from sfumato.families import NATIVE_FORMAT
 from sfumato.families.model import Defaults, Model
 from sfumato.networks.unet import UNet, UNetConfig
 from sfumato.text.tower import TextTower, TextTowerConfig
 
-FORMAT = "sfumato-native-1"  # the metadata's key
+FORMAT = NATIVE_FORMAT
 
 
 @dataclass(frozen=True)

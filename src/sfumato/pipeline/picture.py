@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from sfumato.errors import BadData, BadRequest, SfumatoError
+from sfumato.families.additions import Ingredient
 from sfumato.files import write_atomically
 from sfumato.pipeline.request import Request
 
@@ -42,6 +43,7 @@ class Picture:
         request: the resolved request; n = 1, or the number of pictures in a grid.
         model: name of the model that made it; ``model_hash`` is its file's SHA-256.
         made_with: versions and threads that the bits may depend on.
+        ingredients: the files beside the model: LoRAs, learned words, an autoencoder, ControlNets.
     """
 
     pixels: Pixels
@@ -49,6 +51,7 @@ class Picture:
     model: str
     model_hash: str
     made_with: Mapping[str, str | int] = field(default_factory=dict)
+    ingredients: tuple[Ingredient, ...] = ()
 
     @property
     def image(self) -> Image.Image:
@@ -70,6 +73,8 @@ class Picture:
             "made_with": dict(self.made_with),
             "scale": scale,
         }
+        if self.ingredients:
+            record["ingredients"] = [i.to_dict() for i in self.ingredients]
         info.add_text("sfumato", json.dumps(record))
         info.add_itxt("parameters", self.parameters())
         file = io.BytesIO()
@@ -110,6 +115,8 @@ class Picture:
             "Model": self.model,
             "Version": f"sfumato {self.made_with.get('sfumato', '')}".strip(),
         }
+        if loras := [i for i in self.ingredients if i.kind == "lora"]:
+            settings["Lora hashes"] = '"' + ", ".join(f"{Path(i.name).stem}: {i.hash[:12]}" for i in loras) + '"'
         lines = [r.prompt, f"Negative prompt: {r.negative}"] if r.negative else [r.prompt]
         return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in settings.items())])
 
@@ -157,7 +164,7 @@ def grid(pictures: Sequence[Picture]) -> Picture:
     seed = first.request.seed
     for i, p in enumerate(pictures):
         follows = seed is not None and p.request == replace(first.request, seed=seed + i)
-        if not follows or p.model_hash != first.model_hash:
+        if not follows or (p.model_hash, p.ingredients) != (first.model_hash, first.ingredients):
             raise BadRequest("a grid is made of the pictures of one request: the same settings, seed after seed")
     return replace(first, pixels=sheet([p.pixels for p in pictures]), request=replace(first.request, n=len(pictures)))
 
@@ -177,13 +184,14 @@ def read(path: str | os.PathLike[str]) -> Stored:
         if isinstance(scale, bool) or not isinstance(scale, int) or not 1 <= scale <= MAX_SCALE:
             raise BadData("its record of the scale is damaged")
         request = Request.from_dict(record["request"])
+        ingredients = tuple(Ingredient.from_dict(i) for i in record.get("ingredients", ()))
         if pixels.shape[0] % scale or pixels.shape[1] % scale:
             raise BadData(f"its sides are no multiples of its scale {scale}")
     except SfumatoError as e:
         raise BadData(f"{path}: {e}") from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise BadData(f"{path}: its record is damaged") from e
-    picture = Picture(pixels[::scale, ::scale].copy(), request, model["name"], model["hash"], made_with)
+    picture = Picture(pixels[::scale, ::scale].copy(), request, model["name"], model["hash"], made_with, ingredients)
     return Stored(picture, pixels, scale)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sfumato.diffusion import GUIDANCE, SAMPLERS, SPACINGS, Denoiser, NoiseLevel, Pair, Path, Prediction, Step
 from sfumato.diffusion.level import NO_PICTURE
 from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.families.additions import Lora
 from sfumato.families.model import Conditioning, Model
 from sfumato.pipeline.noise import FreshNoise, start
 from sfumato.pipeline.picture import Picture, Pixels
@@ -98,7 +99,8 @@ class Pipeline:
             yield step
         name, made_with = PurePath(self.model.name).name, self._made_with()
         for seed, pixels in zip(seeds, self.pixels(x), strict=True):
-            yield Picture(pixels, replace(request, seed=seed, n=1), name, self.model.hash, made_with)
+            one = replace(request, seed=seed, n=1)
+            yield Picture(pixels, one, name, self.model.hash, made_with, self.model.ingredients)
 
     def denoiser(self, request: Request) -> Denoiser:
         """Bind the network to the words of a resolved request, and guide it."""
@@ -191,15 +193,37 @@ class Pipeline:
         }
 
 
-def load(path_or_name: str | os.PathLike[str] | None = None, *, batch: int = 1) -> Pipeline:
+def load(
+    path_or_name: str | os.PathLike[str] | None = None,
+    *,
+    batch: int = 1,
+    loras: Sequence[Lora] = (),
+    embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    controlnets: Sequence[str | os.PathLike[str]] = (),
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    partial: bool = False,
+) -> Pipeline:
     """Load a model by its weight file's path or its name, by default the one built in, as a pipeline.
 
-    Raises BadRequest if there is no such model, BadCheckpoint if its file is damaged or foreign.
+    Args:
+        batch: how many pictures the network sees at once; see ``Pipeline``.
+        loras: files of LoRAs to add, alone (at weight 1) or as pairs of path and weight.
+        embeddings: words learned by textual inversion: how each is written in prompts → its file.
+        vae: an autoencoder to use instead of the model's own.
+        controlnets: files or folders of ControlNets, one for each control picture.
+        variant: which files of a folder to take, such as "fp16".
+        allow_pickle: read .ckpt, .pt and .bin files too, in a child process that may build tensors alone.
+        partial: let missing, extra and misshaped tensors pass; the model's card tells which.
+
+    Raises BadRequest if there is no such model, BadCheckpoint if a file is damaged, foreign or does not fit.
     """
     from sfumato import families
 
     name = None if path_or_name is None else os.fspath(path_or_name)
-    return Pipeline(families.load(name), batch)
+    additions = families.Additions.of(loras, embeddings, vae, controlnets)
+    return Pipeline(families.load(name, additions, variant=variant, allow_pickle=allow_pickle, partial=partial), batch)
 
 
 def _seeds(request: Request) -> list[int]:

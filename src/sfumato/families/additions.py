@@ -1,0 +1,147 @@
+"""What is added to a published model when it is loaded: LoRAs, learned words, another autoencoder, ControlNets.
+
+Each is known by its content, so that a picture can say what it was made with and be made again from files that have
+moved: ``Ingredient`` is what the picture keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from sfumato.errors import BadCheckpoint, BadRequest
+
+if TYPE_CHECKING:
+    from sfumato.checkpoints.published import Published
+
+KINDS = ("lora", "embedding", "vae", "controlnet")
+MAX_ADDITIONS = 64
+MAX_WEIGHT = 100.0
+
+Location: TypeAlias = "str | os.PathLike[str]"
+Lora: TypeAlias = "Location | tuple[Location, float]"
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A file beside the model that a picture was made with.
+
+    Args:
+        kind: one of ``KINDS``.
+        name: the file's or folder's own name, without where it lay.
+        hash: SHA-256 of the file's bytes; of a folder, of its weight files' one after another.
+        weight: how strongly a LoRA was applied.
+        word: how a learned word is written in prompts.
+    """
+
+    kind: str
+    name: str
+    hash: str
+    weight: float | None = None
+    word: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it as JSON's types, without what does not apply; ``from_dict`` is the way back."""
+        return {k: v for k, v in vars(self).items() if v is not None}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Ingredient:
+        """Read what ``to_dict`` gave; raises ValueError for anything else."""
+        it = cls(**record)
+        texts = (it.kind, it.name, it.hash, it.word or "")
+        if it.kind not in KINDS or not all(isinstance(t, str) and len(t) < 1000 for t in texts):
+            raise ValueError("an ingredient is damaged")
+        if it.weight is not None and (isinstance(it.weight, bool) or not isinstance(it.weight, (int, float))):
+            raise ValueError("an ingredient's weight is no number")
+        return it
+
+    def __str__(self) -> str:
+        what = {"embedding": f"embedding {self.word}={self.name}"}.get(self.kind, f"{self.kind} {self.name}")
+        return f"{what} × {self.weight:g}" if self.weight is not None else what
+
+
+@dataclass(frozen=True)
+class Additions:
+    """Files to add to a model.
+
+    Args:
+        loras: each with its weight: 1 as trained, 0 without effect, negative ones take away.
+        embeddings: words learned by textual inversion: how each is written in prompts, and its file.
+        vae: an autoencoder to use instead of the model's own.
+        controlnets: networks that guide the denoiser by a control picture.
+    """
+
+    loras: tuple[tuple[Path, float], ...] = ()
+    embeddings: Mapping[str, Path] = field(default_factory=dict)
+    vae: Path | None = None
+    controlnets: tuple[Path, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.loras or self.embeddings or self.vae or self.controlnets)
+
+    @classmethod
+    def of(
+        cls,
+        loras: Sequence[Lora] = (),
+        embeddings: Mapping[str, Location] | None = None,
+        vae: Location | None = None,
+        controlnets: Sequence[Location] = (),
+    ) -> Additions:
+        """Build it from paths; a LoRA alone has weight 1. Raises BadRequest for what is no path, weight or word."""
+        pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
+        for path, weight in pairs:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= MAX_WEIGHT:
+                raise BadRequest(f"the weight of {path} must be a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+        for word in embeddings or {}:
+            if not word or len(word) > 100 or any(c.isspace() or not c.isprintable() for c in word):
+                raise BadRequest(f"a learned word must be 1 to 100 letters without spaces, not {word[:100]!r}")
+        if max(len(pairs), len(embeddings or {}), len(controlnets)) > MAX_ADDITIONS:
+            raise BadRequest(f"at most {MAX_ADDITIONS} files of a kind can be added")
+        return cls(
+            tuple((Path(path).expanduser(), float(weight)) for path, weight in pairs),
+            {word: Path(path).expanduser() for word, path in (embeddings or {}).items()},
+            None if vae is None else Path(vae).expanduser(),
+            tuple(Path(path).expanduser() for path in controlnets),
+        )
+
+    def ingredients(self) -> Iterator[Ingredient]:
+        """What pictures keep of each file; raises BadCheckpoint for one that cannot be read."""
+        for path, weight in self.loras:
+            yield Ingredient("lora", path.name, content_hash(path), weight=weight)
+        for word, path in self.embeddings.items():
+            yield Ingredient("embedding", path.name, content_hash(path), word=word)
+        if self.vae is not None:
+            yield Ingredient("vae", self.vae.name, content_hash(self.vae))
+        for path in self.controlnets:
+            yield Ingredient("controlnet", path.name, content_hash(path))
+
+    def apply(self, model: Published, *, allow_pickle: bool = False, partial: bool = False) -> Published:
+        """The model with LoRAs, words and autoencoder; tensors that they leave as they are stay shared.
+
+        Raises BadCheckpoint, naming the file, for what is none, is for another family, or matches nothing.
+        """
+        from sfumato.checkpoints.lora import add_loras, add_words, read_lora
+
+        loras = [(read_lora(path, allow_pickle=allow_pickle), weight) for path, weight in self.loras]
+        model = add_loras(model, loras, partial=partial)
+        for word, path in self.embeddings.items():
+            model = add_words(model, path, word, allow_pickle=allow_pickle)
+        return model
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a folder's weight files' and configuration's."""
+    if path.is_dir():
+        names = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".json", ".bin") and p.is_file()]
+        return hashlib.sha256("".join(content_hash(p) for p in names).encode()).hexdigest()
+    if not path.is_file():
+        raise BadCheckpoint(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise BadCheckpoint(f"{path}: {e.strerror or e}") from None
