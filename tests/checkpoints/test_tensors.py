@@ -3,111 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
 import json
-import pickle
 import random
 import struct
 import time
-import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from hostile import HOSTILE, packed
 from safetensors.torch import save_file
 
+from sfumato.checkpoints.formats import weights
 from sfumato.checkpoints.tensors import MAX_HEADER, load_into, non_finite, read_header, read_tensors
 from sfumato.errors import BadCheckpoint
-
-
-def packed(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
-
-
-def one(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
-    return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}}
-
-
-def entry(start: int, stop: int) -> dict[str, Any]:
-    return {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]}
-
-
-class Bomb:
-    def __reduce__(self) -> Any:
-        return (open, ("/tmp/sfumato-was-here", "w"))
-
-
-def zipped() -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as z:
-        z.writestr("archive/data.pkl", pickle.dumps(Bomb()))
-    return file.getvalue()
-
-
-EIGHT = bytes(8)
-HOSTILE: dict[str, bytes] = {
-    "empty": b"",
-    "one byte": b"\0",
-    "eight bytes": EIGHT,
-    "zeros": bytes(4096),
-    "pickle": pickle.dumps(Bomb()),
-    "pickle of protocol 0": pickle.dumps(Bomb(), protocol=0),
-    "zip of a pickle": zipped(),
-    "gzip": gzip.compress(b"weights"),
-    "web page": b"<!DOCTYPE html><html><body>404</body></html>",
-    "json": b'{"a": 1}            ',
-    "git lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
-    "gguf": b"GGUF" + bytes(64),
-    "hdf5": b"\x89HDF\r\n\x1a\n" + bytes(64),
-    "png": b"\x89PNG\r\n\x1a\n" + bytes(64),
-    "python source": b"import os; os.system('true')\n",
-    "header beyond the file": packed(one(), EIGHT, length=10_000),
-    "header of 2^64 - 1 bytes": packed(one(), EIGHT, length=2**64 - 1),
-    "header of 2^63 bytes": packed(one(), EIGHT, length=2**63),
-    "header one byte short": packed(one(), EIGHT, length=len(json.dumps(one())) - 1),
-    "cut tensor": packed(one(), bytes(7)),
-    "no tensor bytes": packed(one()),
-    "trailing bytes": packed(one(), bytes(9)),
-    "not utf-8": packed(b'{"\xff": 1}'),
-    "no json": packed(b"{nope}"),
-    "open json": packed(b'{"a": '),
-    "deep lists": packed(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
-    "deep dicts": packed(b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
-    "huge number": packed(b'{"a":' + b"9" * 100_000 + b"}"),
-    "nan": packed(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}', EIGHT),
-    "float shape": packed(one(shape=[2.0]), EIGHT),
-    "negative shape": packed(one(shape=[-2]), EIGHT),
-    "bool shape": packed(one(shape=[True, 2]), EIGHT),
-    "shape is text": packed(one(shape="2"), EIGHT),
-    "shape overflows": packed(one(shape=[2**40, 2**40, 2**40]), EIGHT),
-    "shape times zero": packed(one(shape=[0, 2**63]), EIGHT),
-    "nine dimensions": packed(one(shape=[1] * 9, offsets=[0, 4]), bytes(4)),
-    "shape disagrees": packed(one(shape=[3]), EIGHT),
-    "unknown dtype": packed(one(dtype="F31"), EIGHT),
-    "dtype is a list": packed(one(dtype=["F32"]), EIGHT),
-    "offsets reversed": packed(one(offsets=[8, 0]), EIGHT),
-    "offsets negative": packed(one(offsets=[-8, 0]), EIGHT),
-    "three offsets": packed(one(offsets=[0, 4, 8]), EIGHT),
-    "offsets beyond the file": packed(one(offsets=[0, 2**40], shape=[2**38]), EIGHT),
-    "offsets not at zero": packed(one(offsets=[8, 16]), bytes(16)),
-    "overlap": packed({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
-    "same bytes twice": packed({"a": entry(0, 8), "b": entry(0, 8)}, EIGHT),
-    "gap": packed({"a": entry(0, 8), "b": entry(16, 24)}, bytes(24)),
-    "key twice": packed(b'{"a":%s,"a":%s}' % tuple(json.dumps(entry(i, i + 8)).encode() for i in (0, 8)), bytes(16)),
-    "dtype twice": packed(b'{"a":{"dtype":"U8","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', EIGHT),
-    "extra field": packed(one(run="os.system"), EIGHT),
-    "missing field": packed({"a": {"dtype": "F32", "shape": [2]}}, EIGHT),
-    "entry is a list": packed({"a": []}),
-    "entry is null": packed(b'{"a": null}'),
-    "metadata not text": packed({"__metadata__": {"a": 1}}),
-    "metadata a list": packed({"__metadata__": ["a"]}),
-    "100,001 tensors": packed({f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(100_001)}),
-    "a million lists": packed(b'{"a":[' + b"[]," * 1_000_000 + b"[]]}"),
-    "two million numbers": packed(b'{"a":[' + b"1," * 2_000_000 + b"1]}"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -116,12 +25,11 @@ def test_hostile_files_are_refused_quickly_in_one_line(kind: str, tmp_path: Path
     path.write_bytes(HOSTILE[kind])
     before = time.process_time()
     with pytest.raises(BadCheckpoint) as caught:
-        read_tensors(path)
+        weights(path)
     assert time.process_time() - before < 1
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300 + len(str(path))
-    assert not Path("/tmp/sfumato-was-here").exists()
 
 
 def test_other_things_than_files_are_refused(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from sfumato.checkpoints.published import Json, Published
@@ -41,6 +44,27 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """End the building of modules that have more parameters than this: a hostile configuration may ask for any number.
+
+    Raises BadCheckpoint.
+    """
+    thread, count = threading.get_ident(), 0
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > parameters:
+            raise BadCheckpoint("its configuration is of a far larger network than its weights")
+
+    handle = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def build(model: Published, component: str, network: Callable[[Any], M], config: Any) -> M:
     """Build a network without memory of its own and give it a component's tensors, in float32.
 
@@ -50,13 +74,14 @@ def build(model: Published, component: str, network: Callable[[Any], M], config:
     if component not in model.tensors:
         raise BadCheckpoint(f"{model.path}: has no {component}")
     try:
-        if model.partial:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                module = network(config)
-        else:
-            with torch.device("meta"), _Unfilled():
-                module = network(config)
+        with _at_most(2 * len(model.tensors[component]) + 100):
+            if model.partial:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    module = network(config)
+            else:
+                with torch.device("meta"), _Unfilled():
+                    module = network(config)
         model.reports[component] = load_into(module, model.tensors[component], partial=model.partial)
     except (BadCheckpoint, ValueError, RuntimeError) as e:
         hint = " (--partial lets that pass)" if "do not fit the network:" in str(e) else ""
@@ -167,6 +192,9 @@ def flow(clock: float) -> Parameterization:
     return replace(PARAMETERIZATIONS["flow"], clock=lambda level: clock * level.t)
 
 
+MAX_LEVELS = 100_000  # of a discrete noise schedule
+
+
 def schedule(config: Json) -> Discrete:
     """The discrete noise schedule that a scheduler's configuration states."""
     kinds = {"scaled_linear": scaled_linear, "linear": linear}
@@ -178,8 +206,11 @@ def schedule(config: Json) -> Discrete:
         if kind not in kinds:
             raise BadCheckpoint(f"noise schedule {kind!r} is not supported; there are {', '.join(kinds)}")
         start, end = float(config.get("beta_start", 0.00085)), float(config.get("beta_end", 0.012))
-        return kinds[kind](start, end, int(config.get("num_train_timesteps", 1000)), zero_snr)
-    except (ValueError, TypeError) as e:
+        levels = int(config.get("num_train_timesteps", 1000))
+        if not 1 < levels <= MAX_LEVELS:
+            raise BadCheckpoint(f"a noise schedule of {levels} levels; 2 to {MAX_LEVELS} are supported")
+        return kinds[kind](start, end, levels, zero_snr)
+    except (ValueError, TypeError, OverflowError) as e:
         raise BadCheckpoint(f"the scheduler's configuration is damaged: {e}") from None
 
 
