@@ -288,13 +288,14 @@ def _generate(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     import numpy as np
 
+    from sfumato.families import recorded
     from sfumato.pipeline.picture import enlarge, grid, read
 
     stored = read(args.picture)
     old = stored.picture
     scale = _scale(args.scale) or stored.scale
     target = Target.plan(args.out, args.force, files=1)
-    args.model = args.model or Path(old.model).name
+    args.model = args.model or recorded(old.model)
     pipe = _load(args, _found(old.ingredients, args), old.made_with.get("threads"))
     if pipe.model.hash != old.model_hash:
         raise BadCheckpoint(
@@ -349,7 +350,7 @@ def _model_facts(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     from sfumato.families import describe, locate
 
     if not path.is_file():
-        path = locate(args.what)
+        path = locate(args.what, args.variant)
     how = {"variant": args.variant, "allow_pickle": args.allow_pickle}
     if path.is_dir():
         return {"model": str(path), **describe(path, **how)}
@@ -521,7 +522,7 @@ def _load(args: argparse.Namespace, additions: Additions | None = None, threads:
     from sfumato import families
 
     additions = additions or _additions(args)
-    families.locate(args.model)  # a wrong name is told at once, torch takes seconds
+    families.locate(args.model, args.variant)  # a wrong name is told at once, torch takes seconds
     for ingredient in additions.ingredients():  # as is a missing file
         assert ingredient
     with _status(f"loading {args.model or 'the model'}"):

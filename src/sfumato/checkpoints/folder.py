@@ -94,11 +94,9 @@ def weight_files(folder: Path, variant: str | None = None, *, allow_pickle: bool
     """
     variants = [variant] if variant is not None else [None, *_variants(folder)]
     for v in variants:
-        for stem in ("diffusion_pytorch_model", "model"):
-            single = folder / (f"{stem}.safetensors" if v is None else f"{stem}.{v}.safetensors")
-            if single.is_file():
-                return [single]
-            index = f"{stem}.safetensors.index.json" if v is None else f"{stem}.safetensors.index.{v}.json"
+        for single, index in variant_names(v):
+            if (folder / single).is_file():
+                return [folder / single]
             if (folder / index).is_file():
                 return _shards(folder / index)
     others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".msgpack")]
@@ -114,6 +112,13 @@ def weight_files(folder: Path, variant: str | None = None, *, allow_pickle: bool
             "take the safetensors of the same model, or allow it with --allow-pickle"
         )
     raise BadCheckpoint(f"{folder}: holds no safetensors file with weights")
+
+
+def variant_names(variant: str | None) -> list[tuple[str, str]]:
+    """The names that a component's weights may have: of one file, and of the index of several."""
+    mark = "" if variant is None else f".{variant}"
+    stems = ("diffusion_pytorch_model", "model")
+    return [(f"{stem}{mark}.safetensors", f"{stem}.safetensors.index{mark}.json") for stem in stems]
 
 
 def _variants(folder: Path) -> list[str]:

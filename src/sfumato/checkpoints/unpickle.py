@@ -61,13 +61,13 @@ def tensors_of(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str
 def read(path: str) -> dict[str, Tensor]:
     """Unpickle the tensors of a file; ValueError if there are none or more than are read."""
     import warnings
-    import zipfile
 
     import torch
 
     with torch.serialization.safe_globals([(Inert, name) for name in STAND_INS]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with open(path, "rb") as file:  # given a name, torch would read a *.safetensors by that
+            value = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(value, Mapping) and isinstance(value.get("state_dict"), Mapping):
         value = value["state_dict"]
     found: dict[str, Tensor] = {}
@@ -82,14 +82,27 @@ def read(path: str) -> dict[str, Tensor]:
     return found
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own, as safetensors wants them; tied weights share theirs."""
+    import torch
+
+    seen: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        storage = t.untyped_storage()
+        alone = storage.data_ptr() not in seen and storage.nbytes() == t.numel() * t.element_size()
+        seen.add(storage.data_ptr())
+        result[name] = t if alone and t.is_contiguous() else t.clone(memory_format=torch.contiguous_format)
+    return result
+
+
 def main(source: str, target: str, memory: str, seconds: str, size: str) -> int:
     """Convert a file under limits."""
     limit(int(memory), int(seconds), int(size))
     try:
         from safetensors.torch import save_file
 
-        # A copy of each: safetensors refuses tensors that share memory, as tied weights do.
-        save_file({k: t.clone().contiguous() for k, t in read(source).items()}, target, {"format": "pt"})
+        save_file(_apart(read(source)), target, {"format": "pt"})
     except Exception as e:  # damaged pickles raise errors of every type
         sys.stderr.write(f"{_reason(e)}\n")
         return 3

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
+from sfumato.checkpoints import hub
 from sfumato.errors import BadCheckpoint, BadRequest, nearest
 from sfumato.families.additions import Additions
 
@@ -27,14 +29,17 @@ def embedded_models() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.safetensors"))}
 
 
-def locate(name: str | Path | None) -> Path:
-    """Find a model file by embedded name or path; None is the default model. Raises BadRequest if there is none."""
+def locate(name: str | Path | None, variant: str | None = None) -> Path:
+    """Find a model by embedded name, path, or id on the hub; None is the default model.
+
+    A model on the hub is fetched to the local cache. Raises BadRequest if there is no such model.
+    """
     models = embedded_models()
     if name is None:
         name = DEFAULT_MODEL
     if str(name) in models:
         return models[str(name)]
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_file():
         return path
     if path.is_dir() and (path / "final.safetensors").is_file():  # a training run's folder
@@ -42,9 +47,25 @@ def locate(name: str | Path | None) -> Path:
     if (path / "model_index.json").is_file():  # a published folder
         return path
     if path.is_dir():
-        raise BadCheckpoint(f"{path}: a folder without model_index.json: not a whole published model")
+        raise BadRequest(f"no model {str(name)!r}: a folder without model_index.json or final.safetensors")
+    if (model := hub.parse(str(name))) is not None:
+        return hub.fetch(model, variant)
     hint = nearest(str(name), list(models))
-    raise BadRequest(f"no model {str(name)!r}: neither a file nor one of {', '.join(models) or 'none embedded'}{hint}")
+    raise BadRequest(
+        f"no model {str(name)[:80]!r}: neither a file nor one of {', '.join(models) or 'none embedded'}{hint}"
+    )
+
+
+def _path(name: str | Path) -> Path:
+    """A name as a path; BadRequest if it can be none."""
+    try:
+        path = Path(name).expanduser()
+        path.is_file()  # a name may be too long for one
+    except (OSError, ValueError, RuntimeError) as e:
+        raise BadRequest(f"no model {str(name)[:80]!r}: {getattr(e, 'strerror', None) or e}") from None
+    if not str(name) or "\0" in str(name):
+        raise BadRequest(f"no model {str(name)[:80]!r}: that is no name")
+    return path
 
 
 def load(
@@ -65,8 +86,10 @@ def load(
 
     Raises BadRequest if there is no such model, BadCheckpoint if its file cannot be trusted or does not fit.
     """
-    path = locate(name)
+    path = locate(name, variant)
     display = str(name) if name is not None else DEFAULT_MODEL
+    if commit := hub.commit_of(path):  # a picture can be made again even if its model's branch has moved
+        display = f"{display.partition('@')[0]}@{commit}"
     additions = additions or Additions()
     if not path.is_dir() and (metadata := _native_metadata(path)) is not None:
         from sfumato.checkpoints.tensors import read_tensors
@@ -89,6 +112,16 @@ def _native_metadata(path: Path) -> str | None:
     from sfumato.checkpoints.tensors import read_header
 
     return read_header(path).metadata.get(NATIVE_FORMAT) if form_of(path) == "safetensors" else None
+
+
+def public_name(model: Model) -> str:
+    """A model's name as its pictures keep it: an id on the hub whole, with its commit, of a path only the last part."""
+    return model.name if hub.commit_of(model.path) else PurePath(model.name).name
+
+
+def recorded(name: str) -> str:
+    """The name to load by of a model that a picture names: an id on the hub with its commit, or a plain name."""
+    return name if re.fullmatch(r"[\w.-]+/[^@]+@[0-9a-f]{40}", name) and hub.parse(name) else PurePath(name).name
 
 
 def describe(path: Path, variant: str | None = None, *, allow_pickle: bool = False) -> dict[str, str]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from sfumato.diffusion import GUIDANCE, SAMPLERS, SPACINGS, Denoiser, NoiseLevel, Pair, Path, Prediction, Step
 from sfumato.diffusion.level import NO_PICTURE
 from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.families import public_name
 from sfumato.families.additions import Lora
 from sfumato.families.model import Conditioning, Model
 from sfumato.pipeline.noise import FreshNoise, start
@@ -97,7 +97,7 @@ class Pipeline:
         for step in SAMPLERS[request.sampler](self.denoiser(request), x, path, FreshNoise(seeds), **settings):
             x = step.x
             yield step
-        name, made_with = PurePath(self.model.name).name, self._made_with()
+        name, made_with = public_name(self.model), self._made_with()
         for seed, pixels in zip(seeds, self.pixels(x), strict=True):
             one = replace(request, seed=seed, n=1)
             yield Picture(pixels, one, name, self.model.hash, made_with, self.model.ingredients)
