@@ -37,10 +37,11 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures (B, C, H, W) in [−1, 1] and their captions."""
+    """Pictures (B, C, H, W) in [−1, 1], or their latents, their captions, and their indices where these are of use."""
 
     x0: Tensor
     captions: list[str]
+    indices: list[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +90,19 @@ class Pictures:
         """Return what stands at some places of the endless order; ranks of one step take a slice of its range each."""
         images: list[Tensor] = []
         captions: list[str] = []
-        for place in places:
-            epoch, within = divmod(place, self.epoch_length)
-            index = int(self._order(seed, epoch)[within])
-            rng = random.Random(f"{seed}/{place}")
+        for index, rng in self.drawn(seed, places):
             captions.append(self.caption(index, rng))
             image = self.images[index]
             if self.config.flip and rng.random() < 0.5:
                 image = image.flip(-1)
             images.append(_window(image, rng))
         return Batch(torch.stack(images).float() / 127.5 - 1, captions)
+
+    def drawn(self, seed: int, places: Iterable[int]) -> Iterable[tuple[int, random.Random]]:
+        """Yield the index of the picture at each place, and the random numbers that go with the visit."""
+        for place in places:
+            epoch, within = divmod(place, self.epoch_length)
+            yield int(self._order(seed, epoch)[within]), random.Random(f"{seed}/{place}")
 
     def fingerprint(self) -> str:
         """SHA-256 of all pictures, columns and weights, to tell whether data have changed since a run began.

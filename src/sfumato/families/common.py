@@ -23,6 +23,7 @@ from sfumato.errors import BadCheckpoint
 from sfumato.families.configs import autoencoder_config, clip_config, t5_config, tiny_autoencoder_config
 from sfumato.families.model import Model
 from sfumato.networks.autoencoder import Autoencoder, TinyAutoencoder
+from sfumato.networks.compact import CompactAutoencoder
 from sfumato.text.clip import CLIPText
 from sfumato.text.prompt import chunks, grid, spell_prompt, weigh
 from sfumato.text.spelling import Word
@@ -97,7 +98,7 @@ def autoencoder(model: Published) -> Autoencoder | TinyAutoencoder:
     return build(model, "vae", Autoencoder, autoencoder_config(config))
 
 
-def decoder(vae: Autoencoder | TinyAutoencoder) -> Callable[[Tensor], Tensor]:
+def decoder(vae: Autoencoder | TinyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
     """The way from x to pictures, in the type that x comes in: a wider one makes a wider copy of the weights."""
     own = next(vae.parameters()).dtype
 

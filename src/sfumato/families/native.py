@@ -1,4 +1,4 @@
-"""Our own family: a pixel U-Net and the words that guide it, in one safetensors file.
+"""Our own family: a denoiser of pixels or latents and the words that guide it, in one safetensors file.
 
 | schedule | row  | clock given to the network | spacing  |
 |----------|------|----------------------------|----------|
@@ -25,9 +25,12 @@ from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterizat
 from sfumato.diffusion.schedules import SCHEDULES, Schedule
 from sfumato.errors import BadCheckpoint, nearest
 from sfumato.families import NATIVE_FORMAT
+from sfumato.families.common import decoder
 from sfumato.families.model import Defaults, Model
+from sfumato.networks.compact import CompactAutoencoder, CompactConfig
 from sfumato.networks.unet import UNet, UNetConfig
-from sfumato.text.tower import TextTower, TextTowerConfig
+from sfumato.networks.worded import WordedConfig, WordedTransformer
+from sfumato.text.tower import TextTower, TextTowerConfig, build_tokenizer, stored_tokenizer
 
 FORMAT = NATIVE_FORMAT
 
@@ -39,6 +42,8 @@ class NativeConfig:
     Args:
         size: side of the training pictures in pixels.
         schedule, parameterization: names in ``SCHEDULES`` and ``PARAMETERIZATIONS``.
+        network: the U-Net; ``transformer``: given, it takes the U-Net's place.
+        autoencoder: given, the denoiser works on its latents instead of pixels.
     """
 
     size: int = 32
@@ -50,20 +55,48 @@ class NativeConfig:
             patch=2, widths=(96, 128, 144), blocks=1, heads=2, context_dim=160, clock_scale=1000.0
         )
     )
+    transformer: WordedConfig | None = None
+    autoencoder: CompactConfig | None = None
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     defaults: Defaults = field(default_factory=Defaults)
 
     def __post_init__(self) -> None:
-        if self.network.context_dim != self.text.dim:
-            raise ValueError(f"network.context_dim is {self.network.context_dim}, but text.dim is {self.text.dim}")
+        part = "network" if self.transformer is None else "transformer"
+        if self.denoiser.context_dim != self.text.dim:
+            raise ValueError(f"{part}.context_dim is {self.denoiser.context_dim}, but text.dim is {self.text.dim}")
+        if self.autoencoder is not None and self.denoiser.in_channels != self.autoencoder.latent_channels:
+            raise ValueError(
+                f"{part}.in_channels is {self.denoiser.in_channels}, but autoencoder.latent_channels is "
+                f"{self.autoencoder.latent_channels}"
+            )
         for what, name, table in (
             ("schedule", self.schedule, SCHEDULES),
             ("parameterization", self.parameterization, PARAMETERIZATIONS),
         ):
             if name not in table:
                 raise ValueError(f"no {what} named {name!r}{nearest(name, list(table))}")
-        if self.size % self.network.multiple:
-            raise ValueError(f"size {self.size} is not a multiple of {self.network.multiple}, as the network needs")
+        if self.size % self.multiple:
+            raise ValueError(f"size {self.size} is not a multiple of {self.multiple}, as the network needs")
+
+    @property
+    def denoiser(self) -> UNetConfig | WordedConfig:
+        """The shape of the network that is in use."""
+        return self.transformer or self.network
+
+    @property
+    def factor(self) -> int:
+        """Pixels per side of one cell of the denoiser's x."""
+        return 1 if self.autoencoder is None else self.autoencoder.factor
+
+    @property
+    def multiple(self) -> int:
+        """A picture's sides are multiples of this many pixels."""
+        return self.factor * self.denoiser.multiple
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the denoiser's x at the training size."""
+        return self.denoiser.in_channels, self.size // self.factor, self.size // self.factor
 
     def build_schedule(self) -> Schedule:
         """Return the noise schedule."""
@@ -75,13 +108,18 @@ class NativeConfig:
 
 
 class Native(nn.Module):
-    """Denoiser and text tower as one module, trained together."""
+    """Denoiser and text tower as one module, trained together.
 
-    def __init__(self, config: NativeConfig, tokenizer: Tokenizer):
+    Args:
+        whole: with the autoencoder, where the model has one; training does without.
+    """
+
+    def __init__(self, config: NativeConfig, tokenizer: Tokenizer, whole: bool = True):
         super().__init__()
         self.config = config
-        self.network = UNet(config.network)
+        self.network = UNet(config.network) if config.transformer is None else WordedTransformer(config.transformer)
         self.text = TextTower(config.text, tokenizer)
+        self.autoencoder = CompactAutoencoder(config.autoencoder) if whole and config.autoencoder else None
 
     def forward(self, x: Tensor, clock: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Denoise x (B, C, H, W) at clock (B,) under token ids (B, M); for training."""
@@ -93,8 +131,8 @@ def metadata(config: NativeConfig, tokenizer: Tokenizer, card: Mapping[str, str]
 
     One entry holds it all: safetensors writes several in random order, and equal models must be equal bytes.
     """
-    tokenizer_json = json.loads(tokenizer.to_str())
-    return {FORMAT: json.dumps({"config": asdict(config), "tokenizer": tokenizer_json, "card": dict(card)})}
+    stored = stored_tokenizer(tokenizer, config.text)
+    return {FORMAT: json.dumps({"config": asdict(config), "tokenizer": stored, "card": dict(card)})}
 
 
 def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: str, hash: str) -> Model:
@@ -102,27 +140,29 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
     try:
         meta = json.loads(metadata)
         config = from_dict(NativeConfig, meta["config"], "config")
-        native = Native(config, Tokenizer.from_str(json.dumps(meta["tokenizer"])))
+        native = Native(config, build_tokenizer(config.text, meta["tokenizer"]))
     except Exception as e:  # the tokenizer library raises bare Exceptions
         raise BadCheckpoint(f"{path}: its configuration cannot be read ({e})") from None
     try:
         load_into(native, tensors)
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{path}: {e}") from None
-    native = native.float().eval().requires_grad_(False)
+    native = native.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore
+    vae = native.autoencoder
     return Model(
         name=name,
         family="native",
         path=path,
         hash=hash,
-        network=native.network.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
+        network=native.network,
         encode=native.text.encode,
         words=native.text.spell,
-        decode=_three_channels,
+        decode=_three_channels if vae is None else decoder(vae),
         schedule=config.build_schedule(),
         parameterization=config.build_parameterization(),
-        channels=config.network.in_channels,
-        multiple=config.network.multiple,
+        channels=config.denoiser.in_channels,
+        factor=config.factor,
+        multiple=config.multiple,
         max_pixels=(4 * config.size) ** 2,
         defaults=config.defaults,
         card=meta["card"],

@@ -18,6 +18,7 @@ from sfumato.text.spelling import Word, spell
 ADDED_WORDS = "sfumato_words.json"  # learned words: how each is written, and its ids
 SETTINGS = {ADDED_WORDS, "tokenizer_config.json", "special_tokens_map.json"}
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
+VOCABULARY = 49_408  # number of CLIP's tokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,25 +1,40 @@
-"""The text tower that is trained along with the denoiser: words → token states and one pooled vector.
+"""Our own text tower: words → token states and one pooled vector.
 
-Shapes: B prompts, M tokens, D width.
+It is trained along with a denoiser, over a vocabulary learned from the captions, or contrastively (``families.clip``)
+over CLIP's vocabulary, whose table is factorized: 49,408 narrow rows and one matrix that widens them, as in ALBERT
+(1909.11942, section 3.1). Shapes: B prompts, M tokens, E width of the table, D width.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
+from sfumato.errors import nearest
 from sfumato.networks.blocks import Attention, FeedForward, zero
+from sfumato.text import tokenizer as clip
 from sfumato.text.spelling import Word, spell
 
 PAD, END = "<pad>", "<end>"
+TOKENIZERS = {"learned": (END, PAD), "clip": (clip.END, clip.END)}  # the tokens that end and that fill a row
 
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """The tower's shape; ``max_tokens`` includes the end token that every prompt carries."""
+    """The tower's shape.
+
+    Args:
+        vocabulary: number of tokens; 49,408 with CLIP's tokenizer.
+        max_tokens: of a prompt, the end token that every one carries included.
+        tokenizer: ``learned`` from the captions, and stored with the model, or ``clip``, the packaged one.
+        token_dim: width E of the table of tokens; 0 for ``dim`` itself, without a matrix after it.
+    """
 
     vocabulary: int = 3072
     dim: int = 160
@@ -27,6 +42,14 @@ class TextTowerConfig:
     heads: int = 4
     max_tokens: int = 32
     dropout: float = 0.0
+    tokenizer: str = "learned"
+    token_dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in TOKENIZERS:
+            raise ValueError(f"no tokenizer named {self.tokenizer!r}{nearest(self.tokenizer, list(TOKENIZERS))}")
+        if self.tokenizer == "clip" and self.vocabulary != clip.VOCABULARY:
+            raise ValueError(f"CLIP's tokenizer has {clip.VOCABULARY} tokens, but vocabulary is {self.vocabulary}")
 
 
 class TextBlock(nn.Module):
@@ -51,7 +74,8 @@ class TextTower(nn.Module):
     def __init__(self, config: TextTowerConfig, tokenizer: Tokenizer):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.tokens = nn.Embedding(config.vocabulary, config.dim)
+        self.tokens = nn.Embedding(config.vocabulary, config.token_dim or config.dim)
+        self.widen = nn.Linear(config.token_dim, config.dim, bias=False) if config.token_dim else nn.Identity()
         self.positions = nn.Parameter(torch.randn(config.max_tokens, config.dim) * 0.02)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TextBlock(config.dim, config.heads) for _ in range(config.layers))
@@ -60,7 +84,7 @@ class TextTower(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Return token ids and a mask of the real ones, both (B, M); longer prompts are cut, the end token kept."""
-        end, pad = self.tokenizer.token_to_id(END), self.tokenizer.token_to_id(PAD)
+        end, pad = map(self.tokenizer.token_to_id, TOKENIZERS[self.config.tokenizer])
         keep = self.config.max_tokens - 1
         rows = [[*encoding.ids[:keep], end] for encoding in self.tokenizer.encode_batch(prompts)]
         width = max(map(len, rows))
@@ -81,7 +105,7 @@ class TextTower(nn.Module):
 
         The mean carries every word from the first step on; an end token's state would first have to learn to look.
         """
-        x = self.dropout(self.tokens(ids)) + self.positions[: ids.shape[1]]
+        x = self.dropout(self.widen(self.tokens(ids))) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, mask)
         x = self.norm(x)
@@ -93,6 +117,20 @@ class TextTower(nn.Module):
         ids, mask = self.tokenize(prompts)
         device = self.positions.device
         return self(ids.to(device), mask.to(device))
+
+
+def stored_tokenizer(tokenizer: Tokenizer, config: TextTowerConfig) -> dict[str, Any] | None:
+    """Return what a model's file says of its tokenizer: nothing of the packaged one."""
+    return None if config.tokenizer == "clip" else json.loads(tokenizer.to_str())
+
+
+def build_tokenizer(config: TextTowerConfig, stored: Mapping[str, Any] | None) -> Tokenizer:
+    """Return the tokenizer of a model's file; ValueError if it is to be in the file and is not."""
+    if config.tokenizer == "clip":
+        return clip.packaged_clip()
+    if stored is None:
+        raise ValueError("its tokenizer is missing")
+    return Tokenizer.from_str(json.dumps(stored))
 
 
 def train_tokenizer(captions: list[str], vocabulary: int) -> Tokenizer:

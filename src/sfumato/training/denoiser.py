@@ -1,84 +1,172 @@
-"""The task of training a model of our own: denoiser and text tower together."""
+"""The task of training a model of our own: denoiser and text tower together, on pixels or on latents.
+
+Beside the denoising loss, states of the denoiser may be drawn towards a pretrained network's features of the clean
+picture: −cos(projected states, features), as REPA does (2410.06940, eq. 8).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
-from sfumato.data.pictures import Pictures
+from sfumato.data.pictures import Batch, Row
 from sfumato.families.native import Native, metadata
 from sfumato.files import write_atomically
-from sfumato.text.tower import train_tokenizer
+from sfumato.networks.compact import CompactAutoencoder
+from sfumato.networks.worded import WordedTransformer
+from sfumato.text.tower import build_tokenizer, train_tokenizer
 from sfumato.training.draws import draws
 from sfumato.training.objective import DenoisingObjective, Losses
 from sfumato.training.recipe import Recipe
 from sfumato.training.world import World
 
 
+class Source(Protocol):
+    """Pictures or latents with their words, in the endless order."""
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The columns of each picture."""
+        ...
+
+    def take(self, seed: int, places: Iterable[int]) -> Batch:
+        """Return what stands at some places."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Tell whether the data are the same."""
+        ...
+
+
 class Prepared(NamedTuple):
-    """One micro-batch: pictures (B, C, H, W), token ids and mask (B, M), uniform numbers (B,), noise like x0."""
+    """One micro-batch: x0 (B, C, H, W), token ids and mask (B, M), uniform numbers (B,), noise like x0, features."""
 
     x0: Tensor
     ids: Tensor
     mask: Tensor
     u: Tensor
     eps: Tensor
+    features: Tensor | None = None  # (B, N, F) that the states are aligned with
+
+
+class Aligned(nn.Module):
+    """A denoiser whose states are also projected to the features they shall resemble."""
+
+    def __init__(self, native: Native, layer: int, features: int):
+        super().__init__()
+        assert isinstance(native.network, WordedTransformer)
+        self.native, self.layer, dim = native, layer, native.network.config.dim
+        self.projector = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, features))
+
+    def forward(self, x: Tensor, clock: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction (B, C, H, W) and the projected states (B, N, F)."""
+        assert isinstance(self.native.network, WordedTransformer)
+        out, states = self.native.network.states(x, clock, **self.native.text(ids, mask), layer=self.layer)
+        return out, self.projector(states)
 
 
 class DenoiserTask:
-    """Words and pictures in, denoising losses out."""
+    """Words and pictures in, denoising losses out.
 
-    def __init__(self, recipe: Recipe, pictures: Pictures, run: Path, world: World = World()):  # noqa: B008
-        self.recipe, self.pictures = recipe, pictures
-        if world.main:
-            _learn_tokenizer(pictures, recipe.model.text.vocabulary, run / "tokenizer.json")
-        world.barrier()
-        tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    Args:
+        pictures: what is denoised: pictures, or their latents.
+        autoencoder: of the latents, to be written into the model's file.
+        features: (index of the picture → (N, F)) what states are aligned with, where the recipe asks for it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        pictures: Source,
+        run: Path,
+        world: World = World(),  # noqa: B008
+        autoencoder: CompactAutoencoder | None = None,
+        features: Tensor | None = None,
+    ):
+        self.recipe, self.pictures, self.autoencoder, self.features = recipe, pictures, autoencoder, features
+        if recipe.model.text.tokenizer == "learned":
+            if world.main:
+                _learn_tokenizer(pictures, recipe.model.text.vocabulary, run / "tokenizer.json")
+            world.barrier()
+            tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+        else:
+            tokenizer = build_tokenizer(recipe.model.text, None)
         torch.manual_seed(recipe.seed)
-        self.module = Native(recipe.model, tokenizer).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.native = Native(recipe.model, tokenizer, whole=False)
+        align = recipe.latents
+        module = self.native if features is None else Aligned(self.native, align.align_layer, features.shape[-1])
+        self.module: nn.Module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         config = recipe.model
         self.objective = DenoisingObjective(config.build_schedule(), config.build_parameterization(), recipe.objective)
 
     def fetch(self, places: range) -> Prepared:
         """Prepare pictures, token ids, levels and noise for some places of the endless order."""
         batch = self.pictures.take(self.recipe.seed, places)
-        ids, mask = self.module.text.tokenize(batch.captions)
+        ids, mask = self.native.text.tokenize(batch.captions)
         u, eps = draws(self.recipe.seed, places, batch.x0.shape[1:])
-        return Prepared(batch.x0, ids, mask, u, eps)
+        features = None
+        if self.features is not None and batch.indices is not None:
+            until = self.recipe.latents.align_until * self.recipe.steps * self.recipe.batch
+            features = self.features[batch.indices] if places.start < until else None
+        return Prepared(batch.x0, ids, mask, u, eps, features)
 
     def fingerprint(self) -> str:
         """SHA-256 of the pictures and their columns."""
         return self.pictures.fingerprint()
 
-    def losses(self, module: Callable[..., Tensor], batch: Prepared) -> Losses:
+    def losses(self, module: Callable[..., Any], batch: Prepared) -> Losses:
         """Return the losses of one micro-batch."""
         device = next(self.module.parameters()).device
-        x0, ids, mask, u, eps = (v.to(device) for v in batch)
+        x0, ids, mask, u, eps = (v.to(device) for v in batch[:5])
         x0, eps = (v.contiguous(memory_format=torch.channels_last) for v in (x0, eps))
-        return self.objective(lambda x, clock: module(x, clock, ids, mask), x0, u, eps)
+        if self.features is None:
+            return self.objective(lambda x, clock: module(x, clock, ids, mask), x0, u, eps)
+        projected: list[Tensor] = []
+
+        def network(x: Tensor, clock: Tensor) -> Tensor:
+            out, states = module(x, clock, ids, mask)
+            projected.append(states)
+            return out
+
+        losses = self.objective(network, x0, u, eps)
+        if batch.features is None:  # every parameter takes part in every step
+            return replace(losses, loss=losses.loss + 0.0 * projected[0].float().mean((1, 2)))
+        likeness = F.cosine_similarity(projected[0].float(), batch.features.to(device).float(), dim=-1).mean(1)
+        return replace(losses, loss=losses.loss - self.recipe.latents.align * likeness)
 
     def export(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write a model file: fp16 weights, and metadata that say how to build it."""
-        tensors = {k: v.half().contiguous() for k, v in weights.items()}
-        meta = metadata(self.recipe.model, self.module.text.tokenizer, {"name": self.recipe.name, **self.recipe.card})
+        tensors = {k: v.half().contiguous() for k, v in self._own(weights).items()}
+        if self.autoencoder is not None:
+            tensors |= {f"autoencoder.{k}": v.half().contiguous() for k, v in self.autoencoder.state_dict().items()}
+        meta = metadata(self.recipe.model, self.native.text.tokenizer, {"name": self.recipe.name, **self.recipe.card})
         write_atomically(path, save(tensors, meta))
 
     def grid(self, weights: Mapping[str, Tensor], path: Path) -> None:
-        """Draw the recipe's prompts with the averaged weights, one row of three seeds each."""
+        """Draw the recipe's prompts with the averaged weights, one row of four seeds each."""
         from sfumato.training.grid import draw_grid
 
-        averaged = Native(self.recipe.model, self.module.text.tokenizer)
-        averaged.load_state_dict(dict(weights))
-        draw_grid(averaged, list(self.recipe.grid_prompts), path)
+        averaged = Native(self.recipe.model, self.native.text.tokenizer, whole=False)
+        averaged.load_state_dict(self._own(weights))
+        decode = (lambda x: x) if self.autoencoder is None else self.autoencoder.decode
+        draw_grid(averaged, list(self.recipe.grid_prompts), path, decode)
+
+    def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own weights, without what was only of use in training."""
+        if self.features is None:
+            return dict(weights)
+        return {k.removeprefix("native."): v for k, v in weights.items() if k.startswith("native.")}
 
 
-def _learn_tokenizer(pictures: Pictures, vocabulary: int, path: Path) -> None:
+def _learn_tokenizer(pictures: Source, vocabulary: int, path: Path) -> None:
     """Learn a vocabulary from the captions and store it with the run, unless it has one."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

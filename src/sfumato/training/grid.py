@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from sfumato.files import write_atomically
 
 
 @torch.no_grad()
-def draw_grid(native: Native, prompts: list[str], path: Path, columns: int = 4, steps: int = 20) -> None:
+def draw_grid(
+    native: Native,
+    prompts: list[str],
+    path: Path,
+    decode: Callable[[Tensor], Tensor] = lambda x: x,
+    columns: int = 4,
+    steps: int = 20,
+) -> None:
     """Write a PNG with one row per prompt, its columns of different seeds, under classifier-free guidance."""
     native.eval()
     config = native.config
@@ -35,11 +43,10 @@ def draw_grid(native: Native, prompts: list[str], path: Path, columns: int = 4, 
         wanted, plain = (Prediction(*(part[i] for part in map(_halves, prediction))) for i in (0, 1))
         return plain.lerp(wanted, config.defaults.guidance)
 
-    shape = (n, config.network.in_channels, config.size, config.size)
-    x: Any = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x: Any = torch.randn((n, *config.shape), generator=torch.Generator().manual_seed(0))
     for step in SAMPLERS["dpmpp-2m"](denoise, x, SPACINGS["trailing"](schedule, steps), torch.randn_like):
         x = step.x
-    write_sheet(x, columns, path)
+    write_sheet(decode(x), columns, path)
 
 
 def write_sheet(x: Tensor, columns: int, path: Path) -> None:

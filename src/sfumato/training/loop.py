@@ -109,7 +109,7 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
     precision = _settle_recipe(task, recipe, run, world)
     module = task.module.to(world.device)
     wrapped = world.wrap(module, recipe.parallel)
-    optimizers = build_optimizers(module, recipe.optimizer)
+    optimizers = build_optimizers(module, recipe.optimizer, precision == "bf16")
     ema = EMA(module, recipe.ema)
     start = 0
     if (checkpoint := load_newest(run / "checkpoints", progress.warn)) is not None:

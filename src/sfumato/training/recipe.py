@@ -28,6 +28,28 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class LatentRecipe:
+    """What a latent denoiser starts from; paths are read from the recipe's folder.
+
+    Args:
+        autoencoder: file of a trained autoencoder; given, ``model.autoencoder`` is its shape.
+        text: file that holds a trained text tower of ``model.text``'s shape; left out, it is trained from nothing.
+        freeze_text: whether that tower stays as it is.
+        denoiser: file of a model whose denoiser is the warm start.
+        align: weight of the alignment of the states after layer ``align_layer`` with a pretrained network's features
+            of the clean picture (REPA, 2410.06940), up to the share ``align_until`` of the run (HASTE, 2505.16792).
+    """
+
+    autoencoder: str = ""
+    text: str = ""
+    freeze_text: bool = True
+    denoiser: str = ""
+    align: float = 0.0
+    align_layer: int = 3
+    align_until: float = 1.0
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """How weights move: linear warm-up, a plateau, then a linear fall to zero over the last ``decay`` share of steps.
 
@@ -97,6 +119,7 @@ class Recipe:
     task: str = "denoiser"
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     model: NativeConfig = field(default_factory=NativeConfig)
+    latents: LatentRecipe = field(default_factory=LatentRecipe)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -20,7 +20,31 @@ Load = Callable[[int, int], Pictures]  # (side, channels) → the recipe's pictu
 def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
     from sfumato.training.denoiser import DenoiserTask
 
-    return DenoiserTask(recipe, load(recipe.model.size, recipe.model.network.in_channels), run, world)
+    if recipe.latents.autoencoder:
+        return _latent_denoiser(recipe, load, root, run, world)
+    return DenoiserTask(recipe, load(recipe.model.size, recipe.model.denoiser.in_channels), run, world)
+
+
+def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    import hashlib
+
+    from sfumato.data.latents import Latents, encoded
+    from sfumato.families.autoencoder import load_autoencoder
+    from sfumato.training.denoiser import DenoiserTask
+    from sfumato.training.start import align_features, start_denoiser, start_text
+
+    path = root / recipe.latents.autoencoder
+    network = load_autoencoder(path)
+    if recipe.model.autoencoder != network.config:
+        raise BadData(f"recipe: model.autoencoder is {recipe.model.autoencoder}, but {path} holds {network.config}")
+    pictures = load(recipe.model.size, 3)
+    cache = run / "cache"
+    latents = encoded(pictures, network.encode, hashlib.sha256(path.read_bytes()).hexdigest(), cache)
+    features = align_features(recipe, pictures, cache) if recipe.latents.align else None
+    task = DenoiserTask(recipe, Latents(pictures, latents), run, world, network, features)
+    start_text(recipe, task.native, root)
+    start_denoiser(recipe, task.native, root)
+    return task
 
 
 def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:

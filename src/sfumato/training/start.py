@@ -1,0 +1,75 @@
+"""What a latent denoiser starts from: a trained text tower, a warm denoiser, features to be aligned with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.checkpoints.tensors import load_into, read_tensors
+from sfumato.data.latents import encoded
+from sfumato.data.pictures import Pictures
+from sfumato.errors import BadCheckpoint, BadData
+from sfumato.families.native import Native
+from sfumato.training.recipe import Recipe
+
+FEATURES = 192  # numbers that are kept of each cell's features
+
+
+def start_text(recipe: Recipe, native: Native, root: Path) -> None:
+    """Pour the recipe's text tower into the model, and freeze it where the recipe says so."""
+    if not recipe.latents.text:
+        return
+    _pour(native.text, root / recipe.latents.text, "text.")
+    if recipe.latents.freeze_text:
+        native.text.requires_grad_(False)
+    else:
+        native.text.tokens.requires_grad_(False)  # words that never come up in training stay near their kin
+
+
+def start_denoiser(recipe: Recipe, native: Native, root: Path) -> None:
+    """Pour the recipe's warm start into the denoiser."""
+    if recipe.latents.denoiser:
+        _pour(native.network, root / recipe.latents.denoiser, "network.")
+
+
+def _pour(module: nn.Module, path: Path, prefix: str) -> None:
+    tensors = {k.removeprefix(prefix): v.float() for k, v in read_tensors(path).items() if k.startswith(prefix)}
+    if not tensors:
+        raise BadCheckpoint(f"{path}: holds nothing under {prefix}")
+    try:
+        load_into(module, tensors)
+    except BadCheckpoint as e:
+        raise BadCheckpoint(f"{path}: {e}") from None
+
+
+def align_features(recipe: Recipe, pictures: Pictures, cache: Path) -> Tensor:
+    """EfficientNet-lite0's last map of every picture, one vector per patch of the denoiser, fp16 (N, cells, F).
+
+    Its 1,280 channels are cut to their principal components over the data.
+    """
+    from sfumato.checkpoints.packaged import LITE0
+    from sfumato.families.pretrained import load_lite0
+
+    model = recipe.model
+    if model.transformer is None:
+        raise BadData("recipe: latents.align needs model.transformer, whose patches are aligned")
+    side = model.shape[1] // model.transformer.patch
+    network = load_lite0().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def features(x: Tensor) -> Tensor:
+        x = F.interpolate(x, size=(32 * side, 32 * side), mode="bicubic", antialias=True).clamp(-1, 1)
+        return network(x.contiguous(memory_format=torch.channels_last))[7].flatten(2).transpose(1, 2)  # (B, N, 1280)
+
+    def reduced(x: Tensor) -> Tensor:
+        return (features(x) - mean) @ axes
+
+    few = torch.stack([pictures.images[i * len(pictures) // 512] for i in range(512)]).float() / 127.5 - 1
+    with torch.no_grad():
+        sample = torch.cat([features(part) for part in few.split(128)]).flatten(0, 1)
+    mean = sample.mean(0)
+    _, vectors = torch.linalg.eigh((sample - mean).T @ (sample - mean))
+    axes = vectors[:, -FEATURES:]
+    return encoded(pictures, reduced, f"lite0/{LITE0.sha256}/{side}/{FEATURES}", cache)

@@ -1,0 +1,62 @@
+"""The compact autoencoder: factors, standardized latents, and who learns from what in the adversarial game."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.networks.compact import CompactAutoencoder, CompactConfig, PatchDiscriminator
+
+
+def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter a random value, those that start at zero too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return module
+
+
+@pytest.mark.parametrize(("patch", "widths", "factor"), [(2, (8, 12), 4), (4, (8, 12), 8), (2, (8, 8, 12, 12), 16)])
+def test_factor_and_shapes(patch: int, widths: tuple[int, ...], factor: int) -> None:
+    config = CompactConfig(latent_channels=5, widths=widths, patch=patch)
+    network = CompactAutoencoder(config)
+    x = network.encode(torch.zeros(2, 3, 32, 64))
+    assert config.factor == factor
+    assert x.shape == (2, 5, 32 // factor, 64 // factor)
+    assert network.decode(x).shape == (2, 3, 32, 64)
+
+
+def test_the_decoder_undoes_the_standardization() -> None:
+    network = CompactAutoencoder(CompactConfig(latent_channels=4, widths=(8, 12)))
+    shaken(network)
+    network.mean.copy_(torch.tensor([0.3, -2.0, 0.0, 1.0]))
+    network.deviation.copy_(torch.tensor([0.5, 2.0, 1.0, 3.0]))
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, log_variance = network.moments(pictures)
+    torch.testing.assert_close(network.decode(network.encode(pictures)), network.decoder(mean), atol=1e-4, rtol=1e-4)
+    noise = torch.randn_like(mean)
+    with_noise, own_mean, own_variance = network(pictures, noise)
+    torch.testing.assert_close(network.decode(network.encode(pictures, noise)), with_noise, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close((own_mean, own_variance), (mean, log_variance))
+
+
+def test_a_residual_network_starts_as_linear_maps() -> None:
+    """Zero last convolutions: the encoder before training is a straight line, so that doubling doubles."""
+    network = CompactAutoencoder(CompactConfig(latent_channels=4, widths=(8, 12)))
+    body = network.encoder[:-2]  # without the last activation and projection
+    x, y = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
+    zero = body(torch.zeros_like(x))
+    torch.testing.assert_close(body(x + y) - zero, (body(x) - zero) + (body(y) - zero), atol=1e-5, rtol=1e-4)
+
+
+def test_the_discriminator_judges_patches() -> None:
+    """A change in one corner is felt most there: elsewhere only by way of the norms, which see the whole."""
+    judge = shaken(PatchDiscriminator(8))
+    x = torch.randn(1, 3, 64, 64)
+    y = x.clone()
+    y[..., :8, :8] += 2.0
+    change = (judge(x) - judge(y)).abs()[0, 0]
+    assert change.shape == (8, 8)
+    assert change[:2, :2].max() > 3 * change[4:, 4:].max()

