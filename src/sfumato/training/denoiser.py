@@ -29,6 +29,9 @@ from sfumato.training.recipe import Recipe
 from sfumato.training.world import World
 
 
+COMPILED_WIDTH = 16  # tokens, of which captions are cut to a multiple for a compiled network
+
+
 class Source(Protocol):
     """Pictures or latents with their words, in the endless order."""
 
@@ -111,6 +114,9 @@ class DenoiserTask:
         """Prepare pictures, token ids, levels and noise for some places of the endless order."""
         batch = self.pictures.take(self.recipe.seed, places)
         ids, mask = self.native.text.tokenize(batch.captions)
+        if self.recipe.compile:  # few widths, so that few are compiled
+            spare = min(-ids.shape[1] % COMPILED_WIDTH, self.recipe.model.text.max_tokens - ids.shape[1])
+            ids, mask = F.pad(ids, (0, spare), value=int(ids[0, -1])), F.pad(mask, (0, spare))
         u, eps = draws(self.recipe.seed, places, batch.x0.shape[1:])
         features = None
         if self.features is not None and batch.indices is not None:
