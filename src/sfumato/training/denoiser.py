@@ -28,7 +28,6 @@ from sfumato.training.objective import DenoisingObjective, Losses
 from sfumato.training.recipe import Recipe
 from sfumato.training.world import World
 
-
 COMPILED_WIDTH = 16  # tokens, of which captions are cut to a multiple for a compiled network
 
 
