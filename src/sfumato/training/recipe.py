@@ -12,6 +12,7 @@ import yaml
 from sfumato.config import from_dict
 from sfumato.data.config import DataConfig
 from sfumato.errors import BadData
+from sfumato.families.clip import TwoTowersConfig
 from sfumato.families.native import NativeConfig
 from sfumato.networks.compact import CompactConfig
 
@@ -100,6 +101,29 @@ class AutoencoderRecipe:
 
 
 @dataclass(frozen=True)
+class ClipRecipe:
+    """What ``task: clip`` trains, on pictures of ``size`` pixels per side.
+
+    Args:
+        words: where the table of tokens starts: ``minilm``, a sentence encoder's word vectors, or ``random``.
+        freeze_words: whether it stays there, and only what widens it is learned.
+        views: how many views of each picture are looked at, itself included; the others are turned, moved, tinted.
+    """
+
+    size: int = 64
+    network: TwoTowersConfig = field(default_factory=TwoTowersConfig)
+    words: str = "minilm"
+    freeze_words: bool = True
+    views: int = 3
+
+    def __post_init__(self) -> None:
+        if self.words not in ("minilm", "random"):
+            raise BadData(f"recipe: clip.words is minilm or random, not {self.words!r}")
+        if self.views < 1:
+            raise BadData(f"recipe: clip.views must be at least 1, not {self.views}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a training run.
 
@@ -118,6 +142,7 @@ class Recipe:
     name: str = "model"
     task: str = "denoiser"
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
+    clip: ClipRecipe = field(default_factory=ClipRecipe)
     model: NativeConfig = field(default_factory=NativeConfig)
     latents: LatentRecipe = field(default_factory=LatentRecipe)
     data: DataConfig = field(default_factory=DataConfig)

@@ -53,9 +53,16 @@ def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World
     return AutoencoderTask(recipe, load(recipe.autoencoder.size, 3))
 
 
+def _clip(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.training.clip import ClipTask
+
+    return ClipTask(recipe, load(recipe.clip.size, 3), run / "cache")
+
+
 TASKS: dict[str, Callable[[Recipe, Load, Path, Path, World], Task]] = {
     "denoiser": _denoiser,
     "autoencoder": _autoencoder,
+    "clip": _clip,
 }
 
 
