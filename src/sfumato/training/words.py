@@ -26,7 +26,9 @@ def word_table(tokenizer: Tokenizer, dim: int) -> Tensor:
     """
     encoder = load_sentence_encoder()
     unknown = [encoder.tokenizer.token_to_id("[UNK]")]
-    pieces = [e.ids or unknown for e in encoder.tokenizer.encode_batch(token_texts(tokenizer), add_special_tokens=False)]
+    pieces = [
+        e.ids or unknown for e in encoder.tokenizer.encode_batch(token_texts(tokenizer), add_special_tokens=False)
+    ]
     table = encoder.tokens.weight
     vectors = torch.stack([table[torch.tensor(ids)].mean(0) for ids in pieces])  # (V, 384)
     return principal(vectors, dim)
