@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sfumato.data.config import SAMPLE
-from sfumato.data.decode import PictureError
+from sfumato.decode import PictureError
 from sfumato.data.sources import FASHION, Source, open_source
 from sfumato.errors import BadData
 

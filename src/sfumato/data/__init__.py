@@ -1,7 +1,6 @@
 """Captioned pictures: reading, checking and preparing them. Knows no network and no diffusion.
 
 config.py    which pictures, at which size, with which words
-decode.py    encoded bytes of any kind → RGB, safely
 sources.py   folder, metadata.jsonl, parquet, tar shards, IDX → records
 captions.py  the words of a record, written anew at every visit
 pictures.py  records at training size behind one random-access index

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.data.captions import MAX_CHARACTERS
-from sfumato.data.decode import PictureError, decode, fit
+from sfumato.decode import PictureError, decode, fit
 from sfumato.data.pictures import problem, watched
 from sfumato.data.report import Bad, Report
 from sfumato.data.sources import Source, printable

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfumato.data.captions import TEXT_COLUMNS, caption_problem, check_columns, write_caption
 from sfumato.data.config import DataConfig
-from sfumato.data.decode import PictureError, decode, fit, to_array
+from sfumato.decode import PictureError, decode, fit, to_array
 from sfumato.data.report import Bad, Report
 from sfumato.data.sources import Record, Source, open_source, printable
 from sfumato.errors import BadData, NoResources, nearest

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sfumato.data.captions import MAX_CHARACTERS
-from sfumato.data.decode import MAX_BYTES, SUFFIXES, UNSUPPORTED, PictureError
+from sfumato.decode import MAX_BYTES, SUFFIXES, UNSUPPORTED, PictureError
 from sfumato.errors import BadData, nearest
 
 PICTURE_COLUMNS = ("image", "picture", "img", "jpg", "jpeg", "png", "webp")

@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from sfumato.config import from_dict
-from sfumato.data.decode import decode
+from sfumato.decode import decode
 from sfumato.data.emoji.names import Emoji, Names, fold, has_skin_tone, normal_code
 from sfumato.data.emoji.packages import Package, fetch, read_members
 from sfumato.errors import BadData, NoResources

@@ -12,6 +12,7 @@ from PIL import Image, ImageCms, ImageColor, ImageOps
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 32
+ORIENTATION = 0x0112  # EXIF's tag
 # Formats with pixels in them; others that Pillow can open run programs (EPS) or have no signature (TGA).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
 SUFFIXES = frozenset(
@@ -33,6 +34,11 @@ def decode(data: bytes, background: str = "white") -> Image.Image:
 
     Raises PictureError, with the reason, for anything that is no whole picture of at most ``MAX_PIXELS`` pixels.
     """
+    return decode_and_tell(data, background)[0]
+
+
+def decode_and_tell(data: bytes, background: str = "white") -> tuple[Image.Image, tuple[str, ...]]:
+    """As ``decode``, with what was done to the picture that its owner may not expect, in a few words each."""
     if not data:
         raise PictureError("the file is empty")
     if len(data) > MAX_BYTES:
@@ -44,7 +50,13 @@ def decode(data: bytes, background: str = "white") -> Image.Image:
             _check_size(*image.size)
             image.load()
             _check_size(*image.size)
-            return _rgb(_upright(image), background)
+            upright = _upright(image)
+            told = {
+                "turned upright as its EXIF says": upright is not image,
+                f"transparency laid on {background}": _transparent(image),
+                "first frame taken": getattr(image, "is_animated", False),
+            }
+            return _rgb(upright, background), tuple(what for what, done in told.items() if done)
     except PictureError:
         raise
     except Image.UnidentifiedImageError:
@@ -94,7 +106,7 @@ def _check_size(w: int, h: int) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
     except Exception:  # a picture with broken EXIF is a picture without EXIF
         return image
 
@@ -109,10 +121,14 @@ def _rgb(image: Image.Image, background: str) -> Image.Image:
         image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
     elif image.mode == "La":
         image = image.convert("LA")
-    if image.mode in ("RGBA", "RGBa", "LA", "PA") or image.has_transparency_data:
+    if _transparent(image):
         canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background))
         return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def _transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or image.has_transparency_data
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sfumato.data.decode import PictureError, decode, fit, to_array
+from sfumato.decode import ORIENTATION, PictureError, decode, decode_and_tell, fit, to_array
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -188,3 +188,15 @@ def test_a_line_is_no_picture() -> None:
 def test_arrays_are_channels_first() -> None:
     assert to_array(noisy(5, 7)).shape == (3, 7, 5)
     assert to_array(Image.new("RGB", (5, 7), (9, 9, 9)), 1).tolist() == np.full((1, 7, 5), 9).tolist()
+
+
+def test_what_was_done_to_a_picture_is_told() -> None:
+    turned, clear = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (8, 4), "red").save(turned, "JPEG", exif=exif)
+    Image.new("RGBA", (8, 4), (0, 0, 0, 0)).save(clear, "PNG")
+    image, told = decode_and_tell(turned.getvalue())
+    assert (image.size, told) == ((4, 8), ("turned upright as its EXIF says",))
+    image, told = decode_and_tell(clear.getvalue())
+    assert (image.getpixel((0, 0)), told) == ((255, 255, 255), ("transparency laid on white",))
