@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 
 from sfumato.cli import main, request_of
+from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.request import Request
 
@@ -211,6 +213,61 @@ def test_samplers_are_listed(run: Run) -> None:
     assert [s["name"] for s in listed["samplers"]] == list(SAMPLERS)
 
 
+def photo(path: str, width: int = 16, height: int = 16, seed: int = 0, **settings: Any) -> Path:
+    """A file with a picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path, **settings)
+    return Path(path)
+
+
+def test_a_picture_from_a_picture_can_be_made_again(run: Run, tiny_file: Path, tmp_path: Path) -> None:
+    Path("in").mkdir()
+    photo("in/me.png", 18, 17)
+    words = ("generate", "fox", "--model", tiny_file, "--seed", 1, "--init", "in/me.png", "--strength", 0.6)
+    code, _, err = run(*words, "--out", "a.png", "--trajectory", "a.gif")
+    assert code == 0
+    assert err == "me.png: 18x17 cut to 18x16\n"
+    assert Image.open("a.png").size == (18 * 15, 16 * 15)
+    code, out, _ = run("replay", "a.png", "--model", tiny_file, "--out", "b.png")
+    assert code == 0
+    assert "pixels equal" in out
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+    Path("in/me.png").rename("other.png")
+    code, _, err = run("replay", "a.png", "--model", tiny_file)
+    assert code == 2
+    assert one_line(err)
+    assert "made from a picture that is not here: me.png" in err
+    assert "say where it lies with --init" in err
+    assert run("replay", "a.png", "--model", tiny_file, "--init", "other.png")[0] == 0
+    photo("in/me.png", 18, 17, seed=2)
+    code, _, err = run("replay", "a.png", "--model", tiny_file)
+    assert code == 2
+    assert one_line(err)
+    assert "me.png is not the picture that was used" in err
+    Path("in/me.png").unlink()
+    Path("other.png").rename("me.png")  # beside the result
+    assert run("replay", "a.png", "--model", tiny_file)[0] == 0
+
+
+def test_a_phone_s_picture_is_turned_upright_and_that_is_said(run: Run, tiny_file: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo("me.jpg", 20, 14, exif=exif)
+    code, _, err = run("generate", "fox", "--model", tiny_file, "--seed", 1, "--init", "me.jpg", "--scale", 1)
+    assert (code, err) == (0, "me.jpg: turned upright as its EXIF says\n")
+    assert Picture.open("outputs/fox-1.png").pixels.shape == (20, 14, 3)
+
+
+def test_a_film_of_a_picture_that_is_enlarged_on_its_way(run: Run, tiny_file: Path) -> None:
+    words = ("generate", "fox", "--model", tiny_file, "--seed", 1, "--hires", 2, "-n", 2, "--grid", "--scale", 1)
+    assert run(*words, "--trajectory", "a.gif", "--out", "a.png")[0] == 0
+    film = Image.open("a.gif")
+    assert film.size == (64, 32)
+    assert film.n_frames == 4 + 2  # type: ignore[attr-defined]
+    assert run("replay", "a.png", "--model", tiny_file)[0] == 0
+
+
 BAD: list[tuple[list[str], int, str]] = [
     ([], 2, "a command is missing"),
     (["paint"], 2, "invalid choice: 'paint'"),
@@ -230,6 +287,15 @@ BAD: list[tuple[list[str], int, str]] = [
     (["generate", "a", "--size", "0x16"], 2, "width must be"),
     (["generate", "a", "--scale", "0"], 2, "scale must be"),
     (["generate", "a", "--stepz", "3"], 2, "--stepz"),
+    (["generate", "a", "--init", "missing.png"], 2, "init missing.png: no such file"),
+    (["generate", "a", "--init", "."], 2, "a folder, not a picture"),
+    (["generate", "a", "--init", ""], 2, "a folder, not a picture"),
+    (["generate", "a", "--init", "/dev/zero"], 2, "no such file"),
+    (["generate", "a", "--init", "a\0b"], 2, "init"),
+    (["generate", "a", "--init", "file.txt"], 2, "init file.txt: not a picture of a known kind"),
+    (["generate", "a", "--init", "film.gif"], 2, "init film.gif is empty"),
+    (["generate", "a", "--strength", "0.5"], 2, "strength has no effect without init"),
+    (["generate", "a", "--mask", "film.gif"], 2, "mask film.gif is empty"),
     (["generate", "a", "--out", ""], 2, "empty"),
     (["generate", "a", "--out", "a.jpg"], 2, "must end in .png"),
     (["generate", "a", "--out", "a.png/"], 2, "must end in .png"),
@@ -294,7 +360,7 @@ def test_train_reads_its_own_flags(run: Run) -> None:
     assert run("train", "missing.yaml")[0] == 4
 
 
-def test_every_field_of_a_request_has_its_flag() -> None:
+def test_every_field_of_a_request_has_its_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
 
     from sfumato.cli import add_request_flags
@@ -303,10 +369,20 @@ def test_every_field_of_a_request_has_its_flag() -> None:
     add_request_flags(parser)
     words = (
         "words --negative rain --seed 1 -n 2 --steps 3 --sampler ddim --spacing karras --guidance 4 --eta 0.5 "
-        "--guidance-rescale 0.25 --guidance-interval 0.5,3 --size 48x32"
+        "--guidance-rescale 0.25 --guidance-interval 0.5,3 --size 48x32 --init a.png --strength 0.6 --mask m.png "
+        "--outpaint 1,2,3,4 --variation-seed 9 --variation-strength 0.1 --prompt-to hills --mix 0.3"
     )
+    monkeypatch.chdir(tmp_path)
+    init, mask = photo("a.png"), photo("m.png", seed=1)
     request = request_of(parser.parse_args(words.split()))
-    assert request == Request("words", "rain", 1, 2, 3, "ddim", "karras", 4.0, 0.25, (0.5, 3.0), 0.5, 48, 32)
+    assert request == Request(
+        "words", "rain", 1, 2, 3, "ddim", "karras", 4.0, 0.25, (0.5, 3.0), 0.5, 48, 32, PictureFile.open("init", init),
+        0.6, PictureFile.open("mask", mask), (1, 2, 3, 4), 9, 0.1, "hills", 0.3,
+    )  # fmt: skip
+    request = request_of(parser.parse_args(["words", "--hires", "2", "--hires-strength", "0.4"]))
+    assert request == Request("words", hires=2.0, hires_strength=0.4)
+    flags = {flag for f in fields(Request) for flag in f.metadata["flags"]}
+    assert flags <= set(words.split()) | {"--hires", "--hires-strength"}
 
 
 # ── as a process ───────────────────────────────────────────────────────────────────────────────────────

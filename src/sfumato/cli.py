@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sfumato.errors import BadCheckpoint, BadRequest, NoResources, SfumatoError
 from sfumato.files import cannot_write, write_atomically
+from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.request import Request
 
 if TYPE_CHECKING:
@@ -162,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("replay", _replay, "make a picture again from the request inside its PNG, and compare")
     sub.add_argument("picture", metavar="PICTURE.png")
+    for f in fields(Request):
+        if str(f.type).startswith("PictureFile"):
+            sub.add_argument(f"--{f.name}", metavar="PICTURE", help=f"where its {f.name} picture lies now")
     _add_model(sub)
     _add_output(sub)
 
@@ -196,7 +200,7 @@ def request_of(args: argparse.Namespace) -> Request:
     for f in fields(Request):
         text: str | None = getattr(args, f.name, None)
         if text is not None:
-            settings[f.name] = _value(str(f.type), text)
+            settings[f.name] = _value(f.name, str(f.type), text)
     if args.size is not None:
         width, x, height = args.size.lower().partition("x")
         if not (x and width.isdecimal() and height.isdecimal() and len(args.size) < 20):
@@ -205,15 +209,18 @@ def request_of(args: argparse.Namespace) -> Request:
     return Request.from_dict(settings)
 
 
-def _value(kind: str, text: str) -> Any:
+def _value(name: str, kind: str, text: str) -> Any:
     """Give a flag's text its field's type; text that cannot have it is left for the request to refuse."""
+    if kind.startswith("PictureFile"):
+        return PictureFile.open(name, text)
     try:
         if kind.startswith("int"):
             return int(text)
         if kind.startswith("float"):
             return float(text)
         if kind.startswith("tuple"):
-            return tuple(float(part) for part in text.split(","))
+            number = int if kind.startswith("tuple[int") else float
+            return tuple(number(part) for part in text.split(","))
     except ValueError:
         pass
     return text
@@ -274,6 +281,7 @@ def _generate(args: argparse.Namespace) -> int:
     film = None if args.trajectory is None else Target.plan(args.trajectory, args.force, files=1, suffix=".gif")
     pipe = _load(args)
     request = request.resolve(pipe.model)
+    _tell(request, pipe)
     pictures, frames = _run_with_progress(pipe, request, film is not None)
     if args.grid:
         from sfumato.pipeline.picture import grid
@@ -283,6 +291,16 @@ def _generate(args: argparse.Namespace) -> int:
     if film is not None:
         film.write_film(frames, scale or pictures[0].viewing_scale)
     return _report(args, pictures, paths, {} if film is None else {"trajectory": str(film.file)})
+
+
+def _tell(request: Request, pipe: Pipeline) -> None:
+    """Say on stderr what is done to the picture to start from."""
+    from sfumato.pipeline.canvas import canvas_of
+
+    canvas = canvas_of(request, pipe.model)
+    if canvas is not None and canvas.told and request.init is not None:
+        name = Path(request.init.name).name or "init"
+        sys.stderr.write(_plain(f"{name}: {', '.join(canvas.told)}") + "\n")
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -295,6 +313,7 @@ def _replay(args: argparse.Namespace) -> int:
     old = stored.picture
     scale = _scale(args.scale) or stored.scale
     target = Target.plan(args.out, args.force, files=1)
+    request = old.request.map_pictures(lambda name, picture: _picture_again(name, picture, args))
     args.model = args.model or recorded(old.model)
     pipe = _load(args, _found(old.ingredients, args), old.made_with.get("threads"))
     if pipe.model.hash != old.model_hash:
@@ -302,8 +321,8 @@ def _replay(args: argparse.Namespace) -> int:
             f"{args.picture} was made by model {old.model!r} with hash {old.model_hash[:12]}, but "
             f"{pipe.model.name!r} has {pipe.model.hash[:12]}: point at the right file with --model"
         )
-    pictures, _ = _run_with_progress(pipe, old.request, False)
-    new = pictures[0] if old.request.n == 1 else grid(pictures)
+    pictures, _ = _run_with_progress(pipe, request, False)
+    new = pictures[0] if request.n == 1 else grid(pictures)
     same = np.array_equal(enlarge(new.pixels, stored.scale), stored.pixels)
     path = target.write(new, 0, scale)
     changes = [
@@ -314,6 +333,23 @@ def _replay(args: argparse.Namespace) -> int:
     verdict = "pixels equal" if same else "pixels differ" + (f" ({', '.join(changes)})" if changes else "")
     _report(args, [new], [path], {"equal": same, "changes": changes}, verdict)
     return 0 if same else 1
+
+
+def _picture_again(name: str, picture: PictureFile, args: argparse.Namespace) -> PictureFile:
+    """The picture that a request started from: where it was said to lie, where it lay, or beside the result."""
+    given: str | None = getattr(args, name)
+    if given is not None:
+        return picture.with_data(name, PictureFile.open(name, given))
+    known = Path(picture.name)
+    inside = not known.is_absolute() and ".." not in known.parts and picture.name != ""
+    places = [known, Path(args.picture).parent / known.name] if inside else []
+    for place in places:
+        if place.is_file():
+            return picture.with_data(name, PictureFile.open(name, place))
+    raise BadRequest(
+        f"{args.picture} was made from a picture that is not here: {known.name or 'one without a name'}, "
+        f"SHA-256 {picture.sha256[:12]}…; say where it lies with --{name}"
+    )
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -504,7 +540,8 @@ def _check_writable(folder: Path) -> None:
 def _stem(request: Request) -> str:
     words = "".join(c if c.isalnum() else " " for c in request.prompt.lower()).split()
     slug = "-".join(words)[:40].strip("-") or "picture"
-    return f"{slug}-{request.seed}" + (f"-grid-{request.n}" if request.n > 1 else "")
+    variation = f"-{request.variation_seed}" if request.variation_strength > 0 else ""
+    return f"{slug}-{request.seed}{variation}" + (f"-grid-{request.n}" if request.n > 1 else "")
 
 
 def _scale(text: str | None) -> int | None:
@@ -601,7 +638,7 @@ def _run_with_progress(pipe: Pipeline, request: Request, film: bool) -> tuple[li
 
     pictures: list[Picture] = []
     frames: list[Pixels] = []
-    with _progress(request.steps or 0) as advance:
+    with _progress(pipe.steps(request)) as advance:
         for event in pipe.run(request):
             if isinstance(event, Picture):
                 pictures.append(event)
@@ -610,8 +647,21 @@ def _run_with_progress(pipe: Pipeline, request: Request, film: bool) -> tuple[li
             if film:
                 frames.append(sheet(pipe.pixels(event.preview)))
     if film:
-        frames.append(sheet([p.pixels for p in pictures]))
+        last = sheet([p.pixels for p in pictures])
+        frames = [_as_large(f, last) for f in frames] + [last]
     return pictures, frames
+
+
+def _as_large(frame: Pixels, other: Pixels) -> Pixels:
+    """A frame of the size of another, for films of pictures that are enlarged on their way."""
+    from sfumato.pipeline.canvas import cover
+
+    if frame.shape == other.shape:
+        return frame
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(cover(Image.fromarray(frame), (other.shape[1], other.shape[0])))
 
 
 @contextmanager
@@ -658,7 +708,8 @@ def _report(
         )
         return 0
     for path, p in zip(paths, pictures, strict=True):
-        print(_plain(f"{path}  seed {p.request.seed}"))
+        variation = f", variation {p.request.variation_seed}" if p.request.variation_strength > 0 else ""
+        print(_plain(f"{path}  seed {p.request.seed}{variation}"))
     if "trajectory" in more:
         print(_plain(more["trajectory"]))
     parts = [f"model {first.model} ({first.model_hash[:12]})", f"{seconds:.1f} s", note]

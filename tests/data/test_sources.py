@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from sfumato.data.config import SAMPLE
-from sfumato.decode import PictureError
 from sfumato.data.sources import FASHION, Source, open_source
+from sfumato.decode import PictureError
 from sfumato.errors import BadData
 
 CAPTIONS = ["a red square", "a green square", "a blue square"]

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sfumato.errors import BadRequest
 from sfumato.families.model import Model
 from sfumato.pipeline.request import MAX_SEED, Request
+
+
+def png(width: int = 16, height: int = 16, mode: str = "RGB") -> bytes:
+    """A picture of noise."""
+    channels = len(mode) if len(mode) > 1 else None
+    shape = (height, width) if channels is None else (height, width, channels)
+    pixels = np.random.default_rng(width).integers(0, 256, shape, np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
 
 FIELDS = {
     "prompt": "str",
@@ -27,6 +43,16 @@ FIELDS = {
     "eta": "float | None",
     "width": "int | None",
     "height": "int | None",
+    "init": "PictureFile | None",
+    "strength": "float | None",
+    "mask": "PictureFile | None",
+    "outpaint": "tuple[int, int, int, int] | None",
+    "variation_seed": "int | None",
+    "variation_strength": "float",
+    "prompt_to": "str | None",
+    "mix": "float | None",
+    "hires": "float | None",
+    "hires_strength": "float | None",
 }
 
 
@@ -124,6 +150,42 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"width": 16.0}, "width must be"),
     ({"width": 1024, "height": 1024}, "size 1024x1024 is too large: .* at most 4096 pixels, such as 64x64"),
     ({"width": 2**30}, "width must be"),
+    ({"init": 7}, "init must be a picture"),
+    ({"init": ""}, "init is empty"),
+    ({"init": b""}, "init is empty"),
+    ({"init": "photo.png"}, "init is text that is no base64; in Python, give bytes"),
+    ({"init": "data:image/png,abc"}, "data URL in base64"),
+    ({"init": Path("missing.png")}, "init missing.png: no such file"),
+    ({"init": Path("/")}, "init /: a folder, not a picture"),
+    ({"init": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}, "init: not a picture but an SVG drawing"),
+    ({"init": b"\x89PNG\r\n\x1a\n"}, "init: .*(damaged|not a picture)"),
+    ({"init": png(24, 24)[:200]}, "init: damaged or cut off"),
+    ({"init": {"sha256": "00"}}, "init must have its SHA-256 in 64"),
+    ({"init": {"path": "/etc/passwd"}}, "init must have sha256, name and data"),
+    ({"init": {"sha256": "0" * 64, "name": "a.png"}}, "init a.png: not at hand"),
+    ({"init": {"sha256": "0" * 64, "data": "AAAA"}}, "init is not the picture that was used: its SHA-256"),
+    ({"init": png(640, 16)}, "640x16 is too long and narrow"),
+    ({"init": png(), "strength": 0}, "strength must be above 0"),
+    ({"init": png(), "strength": 1.5}, "strength must be a number from 0 to 1"),
+    ({"init": png(), "strength": float("nan")}, "strength must be a number"),
+    ({"strength": 0.5}, "strength has no effect without init"),
+    ({"mask": png()}, "mask has no effect without init"),
+    ({"outpaint": (0, 0, 8, 8)}, "outpaint has no effect without init"),
+    ({"init": png(), "outpaint": (8, 8)}, "outpaint must be four numbers"),
+    ({"init": png(), "outpaint": (0, 0, 0, 0)}, "outpaint has no margin above 0"),
+    ({"init": png(), "outpaint": (0, -8, 0, 0)}, "a margin of outpaint must be"),
+    ({"init": png(), "outpaint": (0, 0, 1, 0)}, "size 17x16 does not fit"),
+    ({"variation_seed": 3}, "variation_seed has no effect without variation_strength"),
+    ({"variation_strength": 1.5}, "variation_strength must be"),
+    ({"mix": 0.5}, "mix has no effect without prompt_to"),
+    ({"prompt_to": " "}, "prompt_to is empty"),
+    ({"prompt_to": "b", "mix": 2}, "mix must be"),
+    ({"hires": 1}, "hires must be above 1"),
+    ({"hires": 9}, "hires must be a number from 1 to 8"),
+    ({"hires": 5}, "size 80x80 is too large"),
+    ({"hires_strength": 0.5}, "hires_strength has no effect without hires"),
+    ({"hires": 2, "hires_strength": 0}, "hires_strength must be above 0"),
+    ({"hires": 2, "init": png(), "mask": png()}, "hires goes with no mask"),
 ]
 
 
@@ -162,3 +224,74 @@ def test_a_size_s_nearest_neighbour_is_never_nothing(tiny: Model) -> None:
     model = replace(tiny, multiple=8)
     with pytest.raises(BadRequest, match="the nearest is 8x16"):
         Request("a", width=1, height=17).resolve(model)
+
+
+def test_a_picture_comes_in_any_form_and_is_known_by_its_bytes(tmp_path: Path) -> None:
+    data = png()
+    (tmp_path / "photo.png").write_bytes(data)
+    text = base64.b64encode(data).decode()
+    forms: list[Any] = [data, text, f"data:image/png;base64,{text}", tmp_path / "photo.png", {"data": text}]
+    requests = [Request("a", init=form).checked() for form in forms]
+    assert len(set(requests)) == 1
+    assert all(r.init is not None and r.init.sha256 == hashlib.sha256(data).hexdigest() for r in requests)
+    assert Request("a", init=png(18)).checked() != requests[0]  # type: ignore[arg-type]
+    image = Request("a", init=Image.open(tmp_path / "photo.png")).checked()  # type: ignore[arg-type]
+    assert image.init is not None
+    assert np.array_equal(image.init.image("init"), Image.open(io.BytesIO(data)))
+
+
+def test_json_names_a_picture_and_carries_it_if_asked() -> None:
+    r = Request("a", init=png(), mask=png(16, 16, "L"), outpaint=(2, 0, 0, 2), strength=0.5).checked()  # type: ignore[arg-type]
+    small, whole = json.dumps(r.to_dict()), json.dumps(r.to_dict(pictures=True))
+    assert len(small) < 1000
+    again, named = Request.from_dict(json.loads(whole)), Request.from_dict(json.loads(small))
+    assert again == named == r
+    assert again.init is not None
+    assert again.init.data == png()
+    assert named.init is not None
+    assert named.init.data is None
+
+
+def test_a_picture_s_name_tells_no_one_where_it_lay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "me.png").write_bytes(png())
+    monkeypatch.chdir(tmp_path)
+    names = [Request("a", init=p).checked().init.name for p in (Path("in/me.png"), tmp_path / "in" / "me.png")]  # type: ignore[arg-type,union-attr]
+    assert names == ["in/me.png", "me.png"]
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ((16, 16), (16, 16)),
+        ((20, 14), (20, 14)),
+        ((21, 15), (20, 14)),  # cut to multiples of 2
+        ((640, 320), (22, 12)),  # far too large: the model's own number of pixels
+        ((4, 6), (14, 20)),  # far too small
+    ],
+)
+def test_the_size_follows_from_the_picture(given: tuple[int, int], made: tuple[int, int], tiny: Model) -> None:
+    r = Request("a", init=png(*given)).resolve(tiny)  # type: ignore[arg-type]
+    assert r.size == made
+    assert r.strength == 0.75
+    assert r.resolve(tiny) == r
+    r = Request("a", init=png(*given), outpaint=(4, 0, 2, 6)).resolve(tiny)  # type: ignore[arg-type]
+    assert r.size == (made[0] + 6, made[1] + 6)
+    assert r.strength == 1
+    assert Request("a", init=png(*given), width=16, height=18).resolve(tiny).size == (16, 18)  # type: ignore[arg-type]
+
+
+def test_a_model_without_an_encoder_says_so(tiny: Model) -> None:
+    blind = replace(tiny, encode_picture=None)
+    for settings in ({"init": png()}, {"hires": 2}):
+        with pytest.raises(BadRequest, match="has no encoder"):
+            Request("a", **settings).resolve(blind)  # type: ignore[arg-type]
+    assert Request("a").resolve(blind).init is None
+
+
+def test_variations_and_mixes_are_filled_in(tiny: Model) -> None:
+    r = Request("a", seed=3, n=2, variation_strength=0.2, prompt_to="b", hires=2).resolve(tiny)
+    assert r.variation_seed is not None
+    assert (r.mix, r.hires_strength) == (0.5, 0.5)
+    assert (r.nth(1).seed, r.nth(1).variation_seed) == (3, r.variation_seed + 1)
+    assert Request("a", seed=3, n=2).resolve(tiny).nth(1).seed == 4

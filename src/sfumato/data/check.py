@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.data.captions import MAX_CHARACTERS
-from sfumato.decode import PictureError, decode, fit
 from sfumato.data.pictures import problem, watched
 from sfumato.data.report import Bad, Report
 from sfumato.data.sources import Source, printable
+from sfumato.decode import PictureError, decode, fit
 
 FEW = 20  # columns of at most so many values are worth counting
 CELL, COLUMNS, CELLS = 96, 10, 100  # of a contact sheet

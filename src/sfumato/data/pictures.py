@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sfumato.data.captions import TEXT_COLUMNS, caption_problem, check_columns, write_caption
 from sfumato.data.config import DataConfig
-from sfumato.decode import PictureError, decode, fit, to_array
 from sfumato.data.report import Bad, Report
 from sfumato.data.sources import Record, Source, open_source, printable
+from sfumato.decode import PictureError, decode, fit, to_array
 from sfumato.errors import BadData, NoResources, nearest
 
 Row = Mapping[str, Any]

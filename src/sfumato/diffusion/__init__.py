@@ -4,6 +4,7 @@ Knows no network, and runs on NumPy arrays and torch tensors alike without impor
 """
 
 from sfumato.diffusion.guidance import GUIDANCE, Guidance, Pair
+from sfumato.diffusion.inpainting import repaint
 from sfumato.diffusion.interpolation import lerp, slerp
 from sfumato.diffusion.level import Denoiser, Noise, NoiseLevel, Prediction, q_sample
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
@@ -33,5 +34,6 @@ __all__ = [
     "find_spacing",
     "lerp",
     "q_sample",
+    "repaint",
     "slerp",
 ]

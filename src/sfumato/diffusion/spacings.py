@@ -52,6 +52,19 @@ class Path(list[NoiseLevel]):
         """The path from one of its levels on, as image-to-image walks it."""
         return Path(self[start:], self.schedule)
 
+    def last(self, share: float) -> Path:
+        """The last ``share``, in (0, 1], of the path's steps, as image-to-image walks them.
+
+        It starts at one of the path's levels, or between two of them in time, so that the noise at its start grows
+        steadily with the share and any number of steps will do.
+        """
+        place = round((len(self) - 1) * (1 - share), 6)
+        k = min(int(place), len(self) - 2)
+        if self.schedule is None or place == k:
+            return self.tail(k)
+        t = self[k].t + (place - k) * (self[k + 1].t - self[k].t)
+        return Path([self.schedule(max(t, min(self.schedule.t_min, self[k].t))), *self[k + 1 :]], self.schedule)
+
     def between(self, p: NoiseLevel, q: NoiseLevel, log_snr: float) -> NoiseLevel:
         """The level on the curve through p and q with a given, finite 2·log(α/σ), held within the schedule's range."""
         if self.schedule is not None:

@@ -31,6 +31,7 @@ from sfumato.text.t5 import T5Encoder
 from sfumato.text.tokenizer import Words, clip_words, t5_words
 
 M = TypeVar("M", bound=nn.Module)
+V = TypeVar("V", Autoencoder, TinyAutoencoder, CompactAutoencoder)
 
 
 class _Unfilled(TorchFunctionMode):
@@ -100,12 +101,16 @@ def autoencoder(model: Published) -> Autoencoder | TinyAutoencoder:
 
 def decoder(vae: Autoencoder | TinyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
     """The way from x to pictures, in the type that x comes in: a wider one makes a wider copy of the weights."""
-    own = next(vae.parameters()).dtype
+    return lambda x: _in_type_of(x, vae).decode(x)
 
-    def decode(x: Tensor) -> Tensor:
-        return (vae if x.dtype == own else copy.deepcopy(vae).to(x.dtype)).decode(x)
 
-    return decode
+def encoder(vae: Autoencoder | TinyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
+    """The way from pictures to x, to the mean of what it may be, in the type that pictures come in."""
+    return lambda pictures: _in_type_of(pictures, vae).encode(pictures)
+
+
+def _in_type_of(x: Tensor, vae: V) -> V:
+    return vae if x.dtype == next(vae.parameters()).dtype else copy.deepcopy(vae).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,7 @@ def assemble(
         hash=model.fingerprint(),
         network=network,
         decode=decoder(vae),
+        encode_picture=encoder(vae),
         card={**card(model, prediction), **(facts or {})},
         **{"channels": vae.config.latent_channels, "factor": factor, "multiple": factor, **own},
     )

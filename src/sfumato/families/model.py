@@ -53,12 +53,15 @@ class Model:
         encode: prompts → conditioning; the empty prompt is the unconditional one.
         words: prompt → its words, each with the columns of ``context`` that hold it; none where no words are told.
         decode: denoised x (B, C, H, W) → pictures (B, 3, H·factor, W·factor) in [−1, 1].
+        encode_picture: the way back, without noise; None if the model has no encoder.
         channels, factor: shape of x: C, and pixels per side of one of its cells.
         multiple: a picture's sides must be multiples of this many pixels.
         max_pixels: largest width × height the family is fit for.
         situate: (width, height, guidance) → one row of conditioning that goes with the words, for networks that are
             told the picture's size or the guidance scale.
         spacings: (width, height) → settings of timestep spacings, by the spacing's name.
+        inpaints: the network is told what to repaint: conditioning ``picture`` (B, 1 + C, H, W) holds the mask, 1 where
+            to repaint, and the encoded picture that is grey there.
         distilled: the network itself was trained to follow the guidance scale, which it is told by ``situate``: there
             is no second call without the words.
         card: what is known of the model's origin, for ``sfumato info``.
@@ -82,6 +85,13 @@ class Model:
     situate: Callable[[int, int, float], Conditioning] = _nothing
     spacings: Callable[[int, int], Mapping[str, Mapping[str, float]]] = _no_settings
     distilled: bool = False
+    encode_picture: Callable[[Tensor], Tensor] | None = None
+    inpaints: bool = False
     defaults: Defaults = field(default_factory=Defaults)
     card: Mapping[str, str] = field(default_factory=dict)
     ingredients: tuple[Ingredient, ...] = ()
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether it can start from a picture."""
+        return self.encode_picture is not None

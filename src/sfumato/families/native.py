@@ -10,7 +10,7 @@ The file's metadata carry the whole configuration and the tokenizer, so nothing 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterizat
 from sfumato.diffusion.schedules import SCHEDULES, Schedule
 from sfumato.errors import BadCheckpoint, nearest
 from sfumato.families import NATIVE_FORMAT
-from sfumato.families.common import decoder
+from sfumato.families.common import decoder, encoder
 from sfumato.families.model import Defaults, Model
 from sfumato.networks.compact import CompactAutoencoder, CompactConfig
 from sfumato.networks.unet import UNet, UNetConfig
@@ -158,6 +158,7 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         encode=native.text.encode,
         words=native.text.spell,
         decode=_three_channels if vae is None else decoder(vae),
+        encode_picture=_own_channels(config.denoiser.in_channels) if vae is None else encoder(vae),
         schedule=config.build_schedule(),
         parameterization=config.build_parameterization(),
         channels=config.denoiser.in_channels,
@@ -167,6 +168,10 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         defaults=config.defaults,
         card=meta["card"],
     )
+
+
+def _own_channels(channels: int) -> Callable[[Tensor], Tensor]:
+    return lambda pictures: pictures if channels == 3 else pictures.mean(1, keepdim=True)  # grey
 
 
 def _three_channels(x: Tensor) -> Tensor:

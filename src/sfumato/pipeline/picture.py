@@ -113,6 +113,7 @@ class Picture:
             "Size": f"{r.width}x{r.height}",
             "Model hash": self.model_hash[:10],
             "Model": self.model,
+            **_more_parameters(r),
             "Version": f"sfumato {self.made_with.get('sfumato', '')}".strip(),
         }
         if loras := [i for i in self.ingredients if i.kind == "lora"]:
@@ -161,9 +162,8 @@ def grid(pictures: Sequence[Picture]) -> Picture:
     if not pictures:
         raise BadRequest("a grid needs at least one picture")
     first = pictures[0]
-    seed = first.request.seed
     for i, p in enumerate(pictures):
-        follows = seed is not None and p.request == replace(first.request, seed=seed + i)
+        follows = first.request.seed is not None and p.request == first.request.nth(i)
         if not follows or (p.model_hash, p.ingredients) != (first.model_hash, first.ingredients):
             raise BadRequest("a grid is made of the pictures of one request: the same settings, seed after seed")
     return replace(first, pixels=sheet([p.pixels for p in pictures]), request=replace(first.request, n=len(pictures)))
@@ -229,6 +229,18 @@ def read_png(path: str | os.PathLike[str]) -> tuple[Pixels, dict[str, str]]:
         raise BadData(f"{path}: not readable") from e
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise BadData(f"{path}: not a whole PNG ({e})") from e
+
+
+def _more_parameters(r: Request) -> dict[str, Any]:
+    """What was asked for besides, under AUTOMATIC1111's names where it has them."""
+    more: dict[str, Any] = {}
+    if r.init is not None:
+        more |= {"Denoising strength": r.strength, "Init image hash": r.init.sha256[:10]}
+    if r.variation_strength > 0:
+        more |= {"Variation seed": r.variation_seed, "Variation seed strength": r.variation_strength}
+    if r.hires is not None:
+        more |= {"Hires upscale": r.hires, "Denoising strength": r.hires_strength}
+    return more
 
 
 def _their_sampler(name: str | None) -> str:

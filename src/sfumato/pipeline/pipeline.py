@@ -8,25 +8,57 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.diffusion import GUIDANCE, SAMPLERS, SPACINGS, Denoiser, NoiseLevel, Pair, Path, Prediction, Step
+from sfumato.diffusion import (
+    GUIDANCE,
+    SAMPLERS,
+    SPACINGS,
+    Denoiser,
+    NoiseLevel,
+    Pair,
+    Path,
+    Prediction,
+    Step,
+    q_sample,
+    repaint,
+    slerp,
+)
 from sfumato.diffusion.level import NO_PICTURE
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import public_name
 from sfumato.families.additions import Lora
 from sfumato.families.model import Conditioning, Model
-from sfumato.pipeline.noise import FreshNoise, start
+from sfumato.pipeline.canvas import Canvas, canvas_of, cover
+from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture, Pixels
 from sfumato.pipeline.request import Request
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A canvas as the network works on it.
+
+    Args:
+        known: the encoded picture (1, C, h, w).
+        mask: 1 where to repaint (h, w).
+    """
+
+    canvas: Canvas | None = None
+    known: Tensor | None = None
+    mask: Tensor | None = None
+
+
+NOTHING = Scene()
 
 
 class Pipeline:
@@ -55,25 +87,48 @@ class Pipeline:
         A step's ``preview`` is the predicted picture as the network sees it; ``pixels`` makes it visible.
         """
         request = request.resolve(self.model)
-        return self._run(request, self.path(request))
+        return self._run(request, self.paths(request), canvas_of(request, self.model))
+
+    def paths(self, request: Request) -> list[Path]:
+        """Return the noise levels that a request's pictures visit and, with ``hires``, those of the second round.
+
+        Raises BadRequest for a request that cannot be served.
+        """
+        request = request.resolve(self.model)
+        paths = [self._path(request, request.size, request.strength)]
+        if request.hires is not None:
+            paths.append(self._path(request, request.enlarged(self.model.multiple), request.hires_strength))
+        return paths
 
     def path(self, request: Request) -> Path:
         """Return the noise levels that a request's pictures visit; BadRequest for one that cannot be served."""
+        return self.paths(request)[0]
+
+    def steps(self, request: Request) -> int:
+        """Count the steps that a run of this request yields."""
+        return sum(len(path) - 1 for path in self.paths(request))
+
+    def start(self, request: Request) -> Tensor:
+        """Return x at the first level of a request's path, float32 (n, C, h, w): noise, or a picture under noise."""
         request = request.resolve(self.model)
-        assert request.spacing is not None
-        assert request.steps is not None
-        assert request.width is not None
-        assert request.height is not None
-        settings = self.model.spacings(request.width, request.height).get(request.spacing, {})
-        path = SPACINGS[request.spacing](self.model.schedule, request.steps, **settings)
-        if self.model.parameterization.det(path[0]) == 0:
-            raise BadRequest(NO_PICTURE)
-        return path
+        return self._start(request, self._scene(canvas_of(request, self.model)), self.path(request)[0])
+
+    def denoiser(self, request: Request) -> Denoiser:
+        """Bind the network to the words, the size and the picture of a request, and guide it."""
+        request = request.resolve(self.model)
+        scene = self._scene(canvas_of(request, self.model))
+        return self._denoiser(request, self._words(request), request.size, scene)
 
     def initial_noise(self, request: Request) -> Tensor:
         """Return the unit-variance noise that the pictures start from, float32 (n, C, h, w)."""
         request = request.resolve(self.model)
-        return torch.from_numpy(start(_seeds(request), self._shape(request))).to(self.device)
+        shape, w = self._shape(request), request.variation_strength
+        noise = start(_seeds(request), shape)
+        if w > 0:
+            others = (request.nth(i).variation_seed for i in range(request.n))
+            pairs = zip(noise, others, strict=True)
+            noise = np.stack([slerp(a, normal(b or 0, 0, shape), w, batch_dims=0) for a, b in pairs])
+        return torch.from_numpy(noise).to(self.device)
 
     def pixels(self, x: Tensor) -> list[Pixels]:
         """Decode x (n, C, h, w) into uint8 pictures (H, W, 3).
@@ -84,35 +139,92 @@ class Pipeline:
         scaled = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return list(np.ascontiguousarray(scaled.permute(0, 2, 3, 1).cpu().numpy()))
 
+    def latents(self, pictures: Sequence[Pixels]) -> Tensor:
+        """Encode uint8 pictures (H, W, 3) of one size into what the network works on, float32 (n, C, h, w).
+
+        Raises BadRequest if the model has no encoder, BadCheckpoint if it overflows even in a wider type.
+        """
+        y = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, H, W)
+        return torch.cat([self._encode(part) for part in y.split(self.batch)])
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.model.network.parameters()).device
 
-    def _run(self, request: Request, path: Path) -> Iterator[Step | Picture]:
-        assert request.sampler is not None
-        seeds, first = _seeds(request), path[0]
-        x = self.initial_noise(request) * math.sqrt(first.alpha**2 + first.sigma**2)
-        settings = {} if request.eta is None else {"eta": request.eta}
-        for step in SAMPLERS[request.sampler](self.denoiser(request), x, path, FreshNoise(seeds), **settings):
-            x = step.x
-            yield step
-        name, made_with = public_name(self.model), self._made_with()
-        for seed, pixels in zip(seeds, self.pixels(x), strict=True):
-            one = replace(request, seed=seed, n=1)
-            yield Picture(pixels, one, name, self.model.hash, made_with, self.model.ingredients)
+    def _path(self, request: Request, size: tuple[int, int], strength: float | None) -> Path:
+        assert request.spacing is not None
+        assert request.steps is not None
+        settings = self.model.spacings(*size).get(request.spacing, {})
+        path = SPACINGS[request.spacing](self.model.schedule, request.steps, **settings)
+        path = path if strength is None else path.last(strength)
+        if self.model.parameterization.det(path[0]) == 0:
+            raise BadRequest(NO_PICTURE)
+        return path
 
-    def denoiser(self, request: Request) -> Denoiser:
-        """Bind the network to the words of a resolved request, and guide it."""
-        assert request.width is not None
-        assert request.height is not None
-        assert request.guidance is not None
-        plain = request.guidance == 1 or self.model.distilled
+    def _run(self, request: Request, paths: list[Path], canvas: Canvas | None) -> Iterator[Step | Picture]:
+        words, scene = self._words(request), self._scene(canvas)
+        fresh, x = FreshNoise(_seeds(request)), self._start(request, scene, paths[0][0])
+        x = yield from _walk(request, self._denoiser(request, words, request.size, scene), x, paths[0], fresh)
+        pixels = self.pixels(x)
+        if canvas is not None:
+            pixels = [canvas.keep(p) for p in pixels]
+        if request.hires is not None:
+            size = request.enlarged(self.model.multiple)
+            known = self.latents([np.asarray(cover(Image.fromarray(p), size)) for p in pixels])
+            x = q_sample(known, fresh(known), paths[1][0])
+            x = yield from _walk(request, self._denoiser(request, words, size, NOTHING), x, paths[1], fresh)
+            pixels = self.pixels(x)
+        name, made_with = public_name(self.model), self._made_with()
+        for i, picture in enumerate(pixels):
+            yield Picture(picture, request.nth(i), name, self.model.hash, made_with, self.model.ingredients)
+
+    def _scene(self, canvas: Canvas | None) -> Scene:
+        if canvas is None:
+            return NOTHING
+        mask = None if canvas.mask is None else torch.from_numpy(canvas.cells(self.model.factor)).to(self.device)
+        return Scene(canvas, self.latents([canvas.pixels]), mask)
+
+    def _start(self, request: Request, scene: Scene, level: NoiseLevel) -> Tensor:
+        """x at the first level. Where all of a part is to be painted anew, nothing of what was there remains."""
+        noise = self.initial_noise(request)
+        alone = noise * math.sqrt(level.alpha**2 + level.sigma**2)
+        if scene.known is None:
+            return alone
+        x = q_sample(scene.known, noise, level)
+        return x if scene.mask is None or request.strength != 1 else scene.mask * alone + (1 - scene.mask) * x
+
+    def _words(self, request: Request) -> dict[str, Tensor]:
+        """The conditioning of a request's prompts, a row each: the prompt, what it goes towards, what guides away."""
+        prompts = [request.prompt] if request.prompt_to is None else [request.prompt, request.prompt_to]
+        if request.guidance != 1 and not self.model.distilled:
+            prompts.append(request.negative)
         with torch.inference_mode():
-            words = dict(self.model.encode([request.prompt] if plain else [request.prompt, request.negative]))
-            rows = 1 if plain else 2
-            for key, value in self.model.situate(request.width, request.height, request.guidance).items():
-                words[key] = value.to(self.device).expand(rows, *value.shape[1:])
+            return dict(self.model.encode(prompts))
+
+    def _told(self, size: tuple[int, int], scene: Scene) -> Tensor:
+        """What a network that inpaints is told: the mask, and the encoded picture that is grey under it."""
+        canvas = scene.canvas or Canvas(np.zeros((*size[::-1], 3), np.uint8), None, ())
+        mask = torch.from_numpy(canvas.cells(self.model.factor))  # (h, w)
+        left = np.zeros(1, np.float32) if canvas.mask is None else (canvas.mask == 0).astype(np.float32)[..., None]
+        picture = torch.from_numpy((canvas.pixels / 127.5 - 1).astype(np.float32) * left)  # (H, W, 3), 0 is grey
+        return torch.cat([mask[None, None].to(self.device), self._encode(picture.permute(2, 0, 1)[None])], dim=1)
+
+    def _denoiser(self, request: Request, words: Mapping[str, Tensor], size: tuple[int, int], scene: Scene) -> Denoiser:
+        guided = self._guided(request, words, size, scene)
+        if scene.known is None or scene.mask is None or self.model.inpaints:
+            return guided
+        return repaint(guided, scene.known, scene.mask)
+
+    def _guided(self, request: Request, words: Mapping[str, Tensor], size: tuple[int, int], scene: Scene) -> Denoiser:
+        assert request.guidance is not None
+        words, rows = dict(words), len(next(iter(words.values())))
+        wanted = 1 if request.prompt_to is None else 2  # rows
+        told = dict(self.model.situate(*size, request.guidance))
+        if self.model.inpaints:
+            told["picture"] = self._told(size, scene)
+        for key, value in told.items():
+            words[key] = value.to(self.device).expand(rows, *value.shape[1:])
 
         def predict(x: Tensor, level: NoiseLevel, rows: int) -> list[Prediction]:
             """The predictions for x under each of the first rows of words, from one batch."""
@@ -123,17 +235,21 @@ class Pipeline:
                 parts.append([Prediction(*both) for both in zip(*(y.split(len(part)) for y in out), strict=True)])
             return [Prediction(*(torch.cat(y) for y in zip(*row, strict=True))) for row in zip(*parts, strict=True)]
 
+        def mix(first: Prediction, *second: Prediction) -> Prediction:
+            """Between two prompts: a mix of what each foresees, alike for words, classes and any network."""
+            return first.lerp(second[0], request.mix) if second else first
+
         def strong(x: Tensor, level: NoiseLevel) -> Prediction:
-            return predict(x, level, 1)[0]
+            return mix(*predict(x, level, wanted))
 
         def weak(x: Tensor, level: NoiseLevel) -> Prediction:
-            return predict(x, level, 2)[1]
+            return predict(x, level, rows)[-1]
 
         def batch(x: Tensor, level: NoiseLevel) -> tuple[Prediction, Prediction]:
-            first, second = predict(x, level, 2)
-            return first, second
+            *first, second = predict(x, level, rows)
+            return mix(*first), second
 
-        if plain:
+        if rows == wanted:
             return strong
         guidance = GUIDANCE["cfg"](request.guidance)
         if request.guidance_rescale > 0:
@@ -169,19 +285,26 @@ class Pipeline:
         narrow = next(self.model.network.parameters()).dtype
         return copy.deepcopy(self.model.network).to(_wider(narrow))
 
+    def _encode(self, pictures: Tensor) -> Tensor:
+        if self.model.encode_picture is None:
+            raise BadRequest(f"model {self.model.name!r} has no encoder for pictures")
+        return self._finite(self.model.encode_picture, pictures.to(self.device))
+
     def _decode(self, x: Tensor) -> Tensor:
+        return self._finite(self.model.decode, x)
+
+    def _finite(self, way: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Go one way through the autoencoder, and once more in a wider type if numbers overflow."""
         for dtype in (x.dtype, _wider(x.dtype)):
             with torch.inference_mode():
-                pictures = self.model.decode(x.to(dtype))
-            if x.isfinite().all() and pictures.isfinite().all():
-                return pictures.float()
+                y = way(x.to(dtype))
+            if x.isfinite().all() and y.isfinite().all():
+                return y.float()
         raise BadCheckpoint(f"model {self.model.name!r} made NaN instead of a picture, also in a wider type")
 
     def _shape(self, request: Request) -> tuple[int, int, int]:
-        assert request.width is not None
-        assert request.height is not None
-        m = self.model
-        return m.channels, request.height // m.factor, request.width // m.factor
+        width, height = request.size
+        return self.model.channels, height // self.model.factor, width // self.model.factor
 
     def _made_with(self) -> dict[str, str | int]:
         return {
@@ -226,9 +349,20 @@ def load(
     return Pipeline(families.load(name, additions, variant=variant, allow_pickle=allow_pickle, partial=partial), batch)
 
 
+def _walk(
+    request: Request, denoise: Denoiser, x: Tensor, path: Path, noise: FreshNoise
+) -> Generator[Step, None, Tensor]:
+    """Yield the steps of a request's sampler, and return the last one's x."""
+    assert request.sampler is not None
+    settings = {} if request.eta is None else {"eta": request.eta}
+    for step in SAMPLERS[request.sampler](denoise, x, path, noise, **settings):
+        x = step.x
+        yield step
+    return x
+
+
 def _seeds(request: Request) -> list[int]:
-    assert request.seed is not None
-    return [request.seed + i for i in range(request.n)]
+    return [request.nth(i).seed or 0 for i in range(request.n)]
 
 
 def _wider(dtype: torch.dtype) -> torch.dtype:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numbers
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import BadRequest, nearest
+from sfumato.pipeline.inputs import PictureFile
 
 if TYPE_CHECKING:
     from sfumato.families.model import Model
@@ -19,6 +20,17 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_RATIO = 1e6  # of noise to signal
 MAX_TEXT = 10_000  # characters
+MAX_MARGIN = 1 << 14  # pixels
+MAX_HIRES = 8.0
+STRENGTH, HIRES_STRENGTH, MIX = 0.75, 0.5, 0.5  # where none is asked for; with a mask or margins, strength is 1
+NEEDS = {  # settings that would be ignored without another
+    "strength": "init",
+    "mask": "init",
+    "outpaint": "init",
+    "variation_seed": "variation_strength",
+    "mix": "prompt_to",
+    "hires_strength": "hires",
+}
 
 
 def _setting(default: Any, help: str, metavar: str, *flags: str) -> Any:
@@ -29,7 +41,8 @@ def _setting(default: Any, help: str, metavar: str, *flags: str) -> Any:
 class Request:
     """Everything that decides the pixels of a picture, besides the model; None asks for the model's default.
 
-    Picture i of n is the picture of seed + i alone: the same pixels as a request with that seed and n = 1.
+    Picture i of n is the picture of seed + i alone: the same pixels as a request with that seed and n = 1. Of
+    variations, the seed stays and the variation's seed goes on.
     """
 
     prompt: str = field(metadata={"help": "what the picture should show", "metavar": "PROMPT", "flags": ()})
@@ -49,6 +62,33 @@ class Request:
     eta: float | None = _setting(None, "fresh noise per step, 0 to 1, of samplers that take it", "F", "--eta")
     width: int | None = _setting(None, "pixels", "W")
     height: int | None = _setting(None, "pixels", "H")
+    init: PictureFile | None = _setting(None, "picture to start from", "PICTURE", "--init")
+    strength: float | None = _setting(
+        None,
+        "above 0, to 1: how much of that picture to make anew (default: 0.75; where a mask says so, all)",
+        "F",
+        "--strength",
+    )
+    mask: PictureFile | None = _setting(
+        None, "picture as large as that one, white where to repaint; the rest stays", "PICTURE", "--mask"
+    )
+    outpaint: tuple[int, int, int, int] | None = _setting(
+        None, "pixels to paint around that picture", "LEFT,TOP,RIGHT,BOTTOM", "--outpaint"
+    )
+    variation_seed: int | None = _setting(
+        None, "number that decides the other noise of variations (default: random)", "S", "--variation-seed"
+    )
+    variation_strength: float = _setting(
+        0.0, "0 to 1: how far to go from the seed's noise to the other (default: 0)", "F", "--variation-strength"
+    )
+    prompt_to: str | None = _setting(None, "words to go towards from the prompt", "TEXT", "--prompt-to")
+    mix: float | None = _setting(None, "0 to 1: how far to go towards them (default: 0.5)", "F", "--mix")
+    hires: float | None = _setting(
+        None, "make the picture, enlarge it so many times, and draw its details", "FACTOR", "--hires"
+    )
+    hires_strength: float | None = _setting(
+        None, "above 0, to 1: how much of the enlarged picture to make anew (default: 0.5)", "F", "--hires-strength"
+    )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Request:
@@ -59,17 +99,24 @@ class Request:
                 raise BadRequest(f"unknown setting {_show(name)}{nearest(str(name), names)}")
         if "prompt" not in settings:
             raise BadRequest("prompt is missing")
-        values = dict(settings)
-        if isinstance(values.get("guidance_interval"), list):
-            values["guidance_interval"] = tuple(values["guidance_interval"])
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+        }
         return cls(**values).checked()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give the request as JSON's types; ``from_dict`` is the way back."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if isinstance(self.guidance_interval, tuple):
-            values["guidance_interval"] = list(self.guidance_interval)
-        return values
+    def to_dict(self, *, pictures: bool = False) -> dict[str, Any]:
+        """Give the request as JSON's types; ``from_dict`` is the way back.
+
+        Args:
+            pictures: whether the bytes of its pictures go along, as base64; else they are only named.
+        """
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, PictureFile):
+                return value.to_json(pictures)
+            return list(value) if isinstance(value, tuple) else value
+
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     def checked(self) -> Request:
         """Check all that can be checked without a model, and give numbers their own types.
@@ -86,45 +133,108 @@ class Request:
                 raise BadRequest(f"guidance_interval must rise, not {low:g},{high:g}")
             interval = (low, high)
         n = _whole("n", self.n, 1, MAX_PICTURES)
-        return replace(
+        request = replace(
             self,
             prompt=_text("prompt", self.prompt, empty=False),
             negative=_text("negative", self.negative),
-            seed=None if self.seed is None else _whole("seed", self.seed, 0, MAX_SEED - (n - 1)),
+            seed=_given(self.seed, lambda v: _whole("seed", v, 0, MAX_SEED - (n - 1))),
             n=n,
-            steps=None if self.steps is None else _whole("steps", self.steps, 1, MAX_STEPS),
-            sampler=None if self.sampler is None else _sampler(self.sampler),
-            spacing=None if self.spacing is None else _spacing(self.spacing),
-            guidance=None if self.guidance is None else _real("guidance", self.guidance, 0.0, MAX_GUIDANCE),
+            steps=_given(self.steps, lambda v: _whole("steps", v, 1, MAX_STEPS)),
+            sampler=_given(self.sampler, _sampler),
+            spacing=_given(self.spacing, _spacing),
+            guidance=_given(self.guidance, lambda v: _real("guidance", v, 0.0, MAX_GUIDANCE)),
             guidance_rescale=_real("guidance_rescale", self.guidance_rescale, 0.0, 1.0),
             guidance_interval=interval,
-            eta=None if self.eta is None else _real("eta", self.eta, 0.0, 1.0),
-            width=None if self.width is None else _whole("width", self.width, 1, 1 << 20),
-            height=None if self.height is None else _whole("height", self.height, 1, 1 << 20),
+            eta=_given(self.eta, lambda v: _real("eta", v, 0.0, 1.0)),
+            width=_given(self.width, lambda v: _whole("width", v, 1, 1 << 20)),
+            height=_given(self.height, lambda v: _whole("height", v, 1, 1 << 20)),
+            init=_given(self.init, lambda v: PictureFile.of("init", v)),
+            strength=_given(self.strength, lambda v: _share("strength", v)),
+            mask=_given(self.mask, lambda v: PictureFile.of("mask", v)),
+            outpaint=_given(self.outpaint, _margins),
+            variation_seed=_given(self.variation_seed, lambda v: _whole("variation_seed", v, 0, MAX_SEED - (n - 1))),
+            variation_strength=_real("variation_strength", self.variation_strength, 0.0, 1.0),
+            prompt_to=_given(self.prompt_to, lambda v: _text("prompt_to", v, empty=False)),
+            mix=_given(self.mix, lambda v: _real("mix", v, 0.0, 1.0)),
+            hires=_given(self.hires, _enlargement),
+            hires_strength=_given(self.hires_strength, lambda v: _share("hires_strength", v)),
         )
+        for name, needed in NEEDS.items():
+            if getattr(request, name) is not None and not getattr(request, needed):
+                raise BadRequest(f"{name} has no effect without {needed}: give both, or leave it out")
+        if request.hires is not None and (request.mask is not None or request.outpaint is not None):
+            raise BadRequest("hires goes with no mask and no margins: paint first, then enlarge the result by init")
+        return request
 
     def resolve(self, model: Model) -> Request:
         """Fill in the model's defaults and a random seed, and check every value.
 
-        Of the result only ``guidance_interval`` (always guide) and ``eta`` (the sampler's own) may be None;
-        resolving it again changes nothing. Raises BadRequest with one line for a value that cannot be served.
+        Of the result only ``guidance_interval`` (always guide), ``eta`` (the sampler's own) and the settings of
+        pictures, variations and a second prompt that were not asked for may be None; resolving it again changes
+        nothing. Raises BadRequest with one line for a value that cannot be served.
         """
-        default = model.defaults
+        asked, default = self.checked(), model.defaults
+        size, strength, variation = (default.width, default.height), asked.strength, asked.variation_seed
+        for name in ("init", "hires"):
+            if getattr(asked, name) is not None and not model.takes_pictures:
+                raise BadRequest(
+                    f"{name} cannot be used: model {model.name!r} has no encoder that would turn a picture into "
+                    f"what it works on"
+                )
+        if asked.init is not None:
+            from sfumato.pipeline.canvas import size_for
+
+            size = size_for(asked.init, asked.outpaint or (0, 0, 0, 0), model)
+            if strength is None:
+                strength = STRENGTH if asked.mask is None and asked.outpaint is None else 1.0
+        if asked.variation_strength > 0 and variation is None:
+            variation = secrets.randbelow(1 << 32)
         request = replace(
-            self,
-            seed=secrets.randbelow(1 << 32) if self.seed is None else self.seed,
-            steps=default.steps if self.steps is None else self.steps,
-            sampler=default.sampler if self.sampler is None else self.sampler,
-            spacing=default.spacing if self.spacing is None else self.spacing,
-            guidance=default.guidance if self.guidance is None else self.guidance,
-            width=default.width if self.width is None else self.width,
-            height=default.height if self.height is None else self.height,
+            asked,
+            seed=secrets.randbelow(1 << 32) if asked.seed is None else asked.seed,
+            steps=default.steps if asked.steps is None else asked.steps,
+            sampler=default.sampler if asked.sampler is None else asked.sampler,
+            spacing=default.spacing if asked.spacing is None else asked.spacing,
+            guidance=default.guidance if asked.guidance is None else asked.guidance,
+            width=size[0] if asked.width is None else asked.width,
+            height=size[1] if asked.height is None else asked.height,
+            strength=strength,
+            variation_seed=variation,
+            mix=MIX if asked.mix is None and asked.prompt_to is not None else asked.mix,
+            hires_strength=HIRES_STRENGTH
+            if asked.hires_strength is None and asked.hires is not None
+            else asked.hires_strength,
         ).checked()
-        assert request.width is not None
-        assert request.height is not None
-        _check_size(request.width, request.height, model)
+        _check_size(*request.size, model)
+        if request.hires is not None:
+            _check_size(*request.enlarged(model.multiple), model)
         _check_effect(request, model)
         return request
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a resolved request, before ``hires``."""
+        assert self.width is not None
+        assert self.height is not None
+        return self.width, self.height
+
+    def enlarged(self, unit: int) -> tuple[int, int]:
+        """Width and height of the picture that ``hires`` makes, in multiples of the model's ``unit``."""
+        width, height = (max(1, round(side * (self.hires or 1) / unit)) * unit for side in self.size)
+        return width, height
+
+    def map_pictures(self, change: Callable[[str, PictureFile], PictureFile]) -> Request:
+        """This request with each of its pictures, told by the field's name, put through a function."""
+        pictures = {f.name: p for f in fields(self) if isinstance(p := getattr(self, f.name), PictureFile)}
+        return replace(self, **{name: change(name, p) for name, p in pictures.items()})
+
+    def nth(self, i: int) -> Request:
+        """The request of picture i of a resolved request alone: of the next seed or, of variations, the next one's."""
+        if self.variation_strength > 0:
+            assert self.variation_seed is not None
+            return replace(self, variation_seed=self.variation_seed + i, n=1)
+        assert self.seed is not None
+        return replace(self, seed=self.seed + i, n=1)
 
 
 def _check_size(width: int, height: int, model: Model) -> None:
@@ -169,6 +279,33 @@ def _spacing(name: Any) -> str:
     from sfumato.diffusion import find_spacing
 
     return find_spacing(_name("spacing", name)).name
+
+
+def _given(value: Any, check: Callable[[Any], Any]) -> Any:
+    return None if value is None else check(value)
+
+
+def _margins(value: Any) -> tuple[int, int, int, int]:
+    if not isinstance(value, tuple) or len(value) != 4:
+        raise BadRequest(f"outpaint must be four numbers, left, top, right, bottom, not {_show(value)}")
+    left, top, right, bottom = (_whole("a margin of outpaint", m, 0, MAX_MARGIN) for m in value)
+    if not left + top + right + bottom:
+        raise BadRequest("outpaint has no margin above 0: leave it out")
+    return left, top, right, bottom
+
+
+def _enlargement(value: Any) -> float:
+    factor = _real("hires", value, 1.0, MAX_HIRES)
+    if factor == 1:
+        raise BadRequest("hires must be above 1: it says how many times to enlarge the picture")
+    return factor
+
+
+def _share(what: str, value: Any) -> float:
+    share = _real(what, value, 0.0, 1.0)
+    if share == 0:
+        raise BadRequest(f"{what} must be above 0: at 0 nothing of the picture would be made anew")
+    return share
 
 
 def _name(what: str, value: Any) -> str:

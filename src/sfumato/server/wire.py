@@ -67,6 +67,7 @@ class ModelFacts:
     multiple: int
     max_pixels: int
     distilled: bool
+    takes_pictures: bool
     card: dict[str, str]
 
     @classmethod
@@ -87,5 +88,6 @@ def facts_of(model: Any) -> Message:
         "multiple": model.multiple,
         "max_pixels": model.max_pixels,
         "distilled": model.distilled,
+        "takes_pictures": model.takes_pictures,
         "card": {k: str(v) for k, v in model.card.items()},
     }

@@ -139,7 +139,7 @@ class Worker:
         request = Request.from_dict(order["request"])
         assert request.seed is not None
         assert request.steps is not None
-        rows = deque((i, replace(request, seed=request.seed + i, n=1)) for i in range(request.n))
+        rows = deque((i, request.nth(i)) for i in range(request.n))
         task = Task(order["id"], request.steps, request.n, rows, watched=order["watched"], left=request.n)
         self._tasks[task.id] = task
         self._tell_step(task, None)

@@ -21,9 +21,9 @@ import yaml
 from PIL import Image
 
 from sfumato.config import from_dict
-from sfumato.decode import decode
 from sfumato.data.emoji.names import Emoji, Names, fold, has_skin_tone, normal_code
 from sfumato.data.emoji.packages import Package, fetch, read_members
+from sfumato.decode import decode
 from sfumato.errors import BadData, NoResources
 from sfumato.files import write_atomically
 
