@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.blocks import ConvBlock, CrossAttention, Downsample, Upsample
+from sfumato.networks.blocks import ConvBlock, CrossAttention, Downsample, GroupNorm, Upsample
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CellAttention(CrossAttention):
 
     def __init__(self, width: int, groups: int):
         super().__init__(width, heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.group_norm = GroupNorm(groups, width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Attend."""
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = Middle(config)
-        self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
             Level(widths[max(i - 1, 0)], width, config.blocks + 1, config.groups, up=i < len(widths) - 1)
             for i, width in enumerate(widths)
         )
-        self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

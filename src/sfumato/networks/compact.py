@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.blocks import zero
+from sfumato.networks.blocks import GroupNorm, zero
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class PatchDiscriminator(nn.Module):
             nn.Conv2d(3, width, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
-            nn.GroupNorm(8, 2 * width),
+            GroupNorm(8, 2 * width),
             nn.LeakyReLU(0.2),
             nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1),
-            nn.GroupNorm(8, 4 * width),
+            GroupNorm(8, 4 * width),
             nn.LeakyReLU(0.2),
             nn.Conv2d(4 * width, 1, 3, padding=1),
         )

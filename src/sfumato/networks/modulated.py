@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.blocks import Perceptron, ProjectedFeedForward, RMSNorm, of_vectors, sinusoids
+from sfumato.networks.blocks import (
+    Perceptron,
+    ProjectedFeedForward,
+    RMSNorm,
+    dot_product_attention,
+    of_vectors,
+    sinusoids,
+)
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (N, D/heads)
 
@@ -109,7 +116,7 @@ class JointAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Cells (B, N, D) and words (B, M, D) → the same; the rotation is of words and cells, in that order."""
         q, k, v = self.project(x, words, rotation)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, M + N, A·D/A)
+        y = dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, M + N, A·D/A)
         m = 0 if words is None else words.shape[1]
         cells = self.to_out[0](y[:, m:]) if self.projected else y
         return cells, self.to_add_out(y[:, :m]) if hasattr(self, "to_add_out") else None

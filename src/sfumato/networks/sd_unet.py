@@ -20,6 +20,7 @@ from sfumato.networks.blocks import (
     ConvBlock,
     CrossAttention,
     Downsample,
+    GroupNorm,
     Perceptron,
     ProjectedFeedForward,
     Upsample,
@@ -100,7 +101,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.linear = config.linear
-        self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)
+        self.norm = GroupNorm(config.groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, heads, context_dim, self_attention) for _ in range(depth)
@@ -207,7 +208,7 @@ class SDUNet(nn.Module):
                 inputs.append(channels + skips.pop())
                 channels = c.widths[i]
             self.up_blocks.append(Level(inputs, channels, embedding, i, c.depth_up[k], c, up=i > 0))
-        self.conv_norm_out = nn.GroupNorm(c.groups, c.widths[0], c.eps)
+        self.conv_norm_out = GroupNorm(c.groups, c.widths[0], c.eps)
         self.conv_out = nn.Conv2d(c.widths[0], c.out_channels, 3, padding=1)
 
     def forward(
