@@ -39,9 +39,8 @@ def test_attention_equals_the_fused_one() -> None:
         torch.randn(2, 5, 12),
         torch.tensor([[True] * 5, [True] * 2 + [False] * 3]),
     )
-    q, k = attention.queries_and_keys(x, context)
-    v = attention.to_v(context).unflatten(-1, (2, -1)).transpose(1, 2)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], scale=1.0)
+    q, k, v = attention.project(x, context)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
     torch.testing.assert_close(attention(x, context, mask), expected.transpose(1, 2).flatten(2))
 
 

@@ -114,11 +114,26 @@ def dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """Scaled dot-product attention of q (B, heads, N, D) over k, v (B, heads, M, D): (B, heads, N, D)."""
-    if q.dtype == torch.bfloat16 and _learns_on_cpu(q):  # whose way back is up to three times slower than in float32
-        with torch.autocast("cpu", enabled=False):
-            wide = (y.float() for y in (q, k, v))
-            return F.scaled_dot_product_attention(*wide, attn_mask=mask, is_causal=causal, scale=scale).to(q.dtype)
+    if _learns_on_cpu(q) and (q.dtype == torch.bfloat16 or q.shape[2] * k.shape[2] <= FEW):
+        with torch.autocast("cpu", enabled=False):  # in float32 its way back is up to three times faster than in bf16
+            wide = [y.float() if y.dtype == torch.bfloat16 else y for y in (q, k, v)]
+            return _learning_attention(*wide, mask, causal, scale).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+FEW = 64 * 64  # pairs of tokens
+
+
+def _learning_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    if q.shape[2] * k.shape[2] > FEW or causal:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    # Written out: over few tokens, its way back is up to ten times faster than the fused one's.
+    logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)  # (B, heads, N, M)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1) @ v
 
 
 def _learns_on_cpu(x: Tensor) -> bool:

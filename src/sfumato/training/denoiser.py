@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sfumato.data.pictures import Batch, Row
-from sfumato.families.native import Native, metadata
+from sfumato.families.native import Native, NativeConfig, metadata
 from sfumato.files import write_atomically
 from sfumato.networks.compact import CompactAutoencoder
 from sfumato.networks.worded import WordedTransformer
@@ -28,7 +28,7 @@ from sfumato.training.objective import DenoisingObjective, Losses
 from sfumato.training.recipe import Recipe
 from sfumato.training.world import World
 
-COMPILED_WIDTH = 16  # tokens, of which captions are cut to a multiple for a compiled network
+COMPILED_WIDTH = 24  # tokens, of which captions are cut to a multiple for a compiled network
 
 
 class Source(Protocol):
@@ -59,19 +59,19 @@ class Prepared(NamedTuple):
     features: Tensor | None = None  # (B, N, F) that the states are aligned with
 
 
-class Aligned(nn.Module):
-    """A denoiser whose states are also projected to the features they shall resemble."""
+class Aligned(Native):
+    """A model whose denoiser's states are also projected to the features that they shall resemble."""
 
-    def __init__(self, native: Native, layer: int, features: int):
-        super().__init__()
-        assert isinstance(native.network, WordedTransformer)
-        self.native, self.layer, dim = native, layer, native.network.config.dim
+    def __init__(self, config: NativeConfig, tokenizer: Tokenizer, layer: int, features: int):
+        super().__init__(config, tokenizer, whole=False)
+        assert isinstance(self.network, WordedTransformer)
+        self.layer, dim = layer, self.network.config.dim
         self.projector = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, features))
 
-    def forward(self, x: Tensor, clock: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, clock: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The prediction (B, C, H, W) and the projected states (B, N, F)."""
-        assert isinstance(self.native.network, WordedTransformer)
-        out, states = self.native.network.states(x, clock, **self.native.text(ids, mask), layer=self.layer)
+        assert isinstance(self.network, WordedTransformer)
+        out, states = self.network.states(x, clock, **self.text(ids, mask), layer=self.layer)
         return out, self.projector(states)
 
 
@@ -102,17 +102,18 @@ class DenoiserTask:
         else:
             tokenizer = build_tokenizer(recipe.model.text, None)
         torch.manual_seed(recipe.seed)
-        self.native = Native(recipe.model, tokenizer, whole=False)
-        align = recipe.latents
-        module = self.native if features is None else Aligned(self.native, align.align_layer, features.shape[-1])
-        self.module: nn.Module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         config = recipe.model
+        if features is None:
+            native = Native(config, tokenizer, whole=False)
+        else:
+            native = Aligned(config, tokenizer, recipe.latents.align_layer, features.shape[-1])
+        self.module = native.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.objective = DenoisingObjective(config.build_schedule(), config.build_parameterization(), recipe.objective)
 
     def fetch(self, places: range) -> Prepared:
         """Prepare pictures, token ids, levels and noise for some places of the endless order."""
         batch = self.pictures.take(self.recipe.seed, places)
-        ids, mask = self.native.text.tokenize(batch.captions)
+        ids, mask = self.module.text.tokenize(batch.captions)
         if self.recipe.compile:  # few widths, so that few are compiled
             spare = min(-ids.shape[1] % COMPILED_WIDTH, self.recipe.model.text.max_tokens - ids.shape[1])
             ids, mask = F.pad(ids, (0, spare), value=int(ids[0, -1])), F.pad(mask, (0, spare))
@@ -152,23 +153,21 @@ class DenoiserTask:
         tensors = {k: v.half().contiguous() for k, v in self._own(weights).items()}
         if self.autoencoder is not None:
             tensors |= {f"autoencoder.{k}": v.half().contiguous() for k, v in self.autoencoder.state_dict().items()}
-        meta = metadata(self.recipe.model, self.native.text.tokenizer, {"name": self.recipe.name, **self.recipe.card})
+        meta = metadata(self.recipe.model, self.module.text.tokenizer, {"name": self.recipe.name, **self.recipe.card})
         write_atomically(path, save(tensors, meta))
 
     def grid(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Draw the recipe's prompts with the averaged weights, one row of four seeds each."""
         from sfumato.training.grid import draw_grid
 
-        averaged = Native(self.recipe.model, self.native.text.tokenizer, whole=False)
+        averaged = Native(self.recipe.model, self.module.text.tokenizer, whole=False)
         averaged.load_state_dict(self._own(weights))
         decode = (lambda x: x) if self.autoencoder is None else self.autoencoder.decode
         draw_grid(averaged, list(self.recipe.grid_prompts), path, decode)
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's own weights, without what was only of use in training."""
-        if self.features is None:
-            return dict(weights)
-        return {k.removeprefix("native."): v for k, v in weights.items() if k.startswith("native.")}
+        return {k: v for k, v in weights.items() if not k.startswith("projector.")}
 
 
 def _learn_tokenizer(pictures: Source, vocabulary: int, path: Path) -> None:

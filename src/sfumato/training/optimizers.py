@@ -63,11 +63,18 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig, bf16: bool = Fa
         raise BadData(f"optimizer: name is adamw or muon, not {config.name!r}")
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in named.items() if p.ndim >= 2 and not _is_table(n)}
-    others = [p for n, p in named.items() if n not in matrices]
-    hidden = [p for n, p in matrices.items() if config.name == "muon" and not _is_edge(n)]
+    slow = {n: share for n in named for start, share in config.slow.items() if n.startswith(start)}
+    for start in config.slow:
+        if not any(n.startswith(start) for n in named):
+            raise BadData(f"optimizer.slow: no parameter that learns begins with {start!r}")
+    hidden = [p for n, p in matrices.items() if config.name == "muon" and not _is_edge(n) and n not in slow]
     chosen = {id(p) for p in hidden}
-    rest = [p for p in matrices.values() if id(p) not in chosen]
-    groups = [{"params": rest, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for share in (1.0, *sorted(set(slow.values()) - {1.0})):
+        own = {n: p for n, p in named.items() if slow.get(n, 1.0) == share and id(p) not in chosen}
+        decayed, plain = [p for n, p in own.items() if n in matrices], [p for n, p in own.items() if n not in matrices]
+        for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
+            groups.append({"params": parameters, "weight_decay": decay, "lr": share * config.rate})
     adamw = torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, fused=True)
     if not hidden:
         return [adamw]

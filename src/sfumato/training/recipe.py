@@ -58,9 +58,11 @@ class OptimizerConfig:
         name: ``adamw``, or ``muon`` for the hidden matrices with AdamW for all else.
         rate: AdamW's learning rate; ``muon_rate``: Muon's, per unit of a matrix's root-mean-square size.
         clip: largest gradient norm.
+        slow: beginning of parameters' names → their share of ``rate``, for what was trained before; never by Muon.
     """
 
     name: str = "adamw"
+    slow: Mapping[str, float] = field(default_factory=dict)
     muon_rate: float = 0.02
     momentum: float = 0.95
     rate: float = 1e-3

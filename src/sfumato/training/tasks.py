@@ -42,8 +42,8 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
     latents = encoded(pictures, network.encode, hashlib.sha256(path.read_bytes()).hexdigest(), cache)
     features = align_features(recipe, pictures, cache) if recipe.latents.align else None
     task = DenoiserTask(recipe, Latents(pictures, latents), run, world, network, features)
-    start_text(recipe, task.native, root)
-    start_denoiser(recipe, task.native, root)
+    start_text(recipe, task.module, root)
+    start_denoiser(recipe, task.module, root)
     return task
 
 
