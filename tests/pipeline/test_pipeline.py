@@ -270,3 +270,19 @@ def test_fresh_processes_make_the_same_bits(tiny: Model, tiny_file: Path, soak: 
         env: Any = {"OMP_NUM_THREADS": str(threads), "PATH": ""}
         done = subprocess.run([sys.executable, "-c", code, tiny_file], capture_output=True, text=True, env=env)
         assert done.stdout.strip() == hashlib.sha256(x.numpy().tobytes()).hexdigest(), done.stderr
+
+
+def test_upscale_enlarges_the_finished_picture_by_four(tiny: Model) -> None:
+    from sfumato.families.upscaler import load_upscaler
+
+    pipe = Pipeline(tiny)
+    (small,), large = pipe.generate(WORDS, seed=3), pipe.generate(WORDS, seed=3, n=2, upscale=4)
+    x = torch.from_numpy(small.pixels).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        expected = (load_upscaler()(x)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(large[0].pixels, expected)
+    assert large[1].pixels.shape == (64, 64, 3)
+    assert large[0].request.size == (16, 16)
+    by_default = Pipeline(replace(tiny, defaults=replace(tiny.defaults, upscale=4)))
+    assert np.array_equal(by_default.generate(WORDS, seed=3)[0].pixels, expected)
+    assert np.array_equal(by_default.generate(WORDS, seed=3, upscale=1)[0].pixels, small.pixels)

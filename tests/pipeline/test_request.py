@@ -53,6 +53,7 @@ FIELDS = {
     "mix": "float | None",
     "hires": "float | None",
     "hires_strength": "float | None",
+    "upscale": "int | None",
 }
 
 
@@ -183,6 +184,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"hires": 1}, "hires must be above 1"),
     ({"hires": 9}, "hires must be a number from 1 to 8"),
     ({"hires": 5}, "size 80x80 is too large"),
+    ({"upscale": 2}, "upscale is 1 or 4, not 2"),
+    ({"upscale": 8}, "upscale must be a whole number from 1 to 4"),
     ({"hires_strength": 0.5}, "hires_strength has no effect without hires"),
     ({"hires": 2, "hires_strength": 0}, "hires_strength must be above 0"),
     ({"hires": 2, "init": png(), "mask": png()}, "hires goes with no mask"),

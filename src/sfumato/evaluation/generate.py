@@ -28,7 +28,7 @@ def base_request(
     guidance: float | None = None,
 ) -> Request:
     """Return the resolved request that every picture shares, but for prompt and seed; raises BadRequest."""
-    request = Request(prompt="any", seed=seed, steps=steps, sampler=sampler, guidance=guidance).resolve(pipe.model)
+    request = Request("any", seed=seed, steps=steps, sampler=sampler, guidance=guidance, upscale=1).resolve(pipe.model)
     if request.width != request.height:
         raise BadRequest(f"model {pipe.model.name!r} makes {request.width}x{request.height}; only squares are compared")
     return request

@@ -28,6 +28,7 @@ class Defaults:
     guidance: float = 3.0
     width: int = 32
     height: int = 32
+    upscale: int = 1
 
 
 def _nothing(width: int, height: int, guidance: float) -> Conditioning:

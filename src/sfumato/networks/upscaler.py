@@ -26,7 +26,7 @@ class UpscalerConfig:
 class Upscaler(nn.Module):
     """Pictures (B, 3, H, W) in [0, 1] → (B, 3, f·H, f·W), which may leave that range a little."""
 
-    def __init__(self, config: UpscalerConfig = UpscalerConfig()):  # noqa: B008
+    def __init__(self, config: UpscalerConfig = UpscalerConfig()):
         super().__init__()
         self.config = config
         layers: list[nn.Module] = []

@@ -175,9 +175,23 @@ class Pipeline:
             x = q_sample(known, fresh(known), paths[1][0])
             x = yield from _walk(request, self._denoiser(request, words, size, NOTHING), x, paths[1], fresh)
             pixels = self.pixels(x)
+        if request.upscale != 1:
+            pixels = [self._upscale(p) for p in pixels]
         name, made_with = public_name(self.model), self._made_with()
         for i, picture in enumerate(pixels):
             yield Picture(picture, request.nth(i), name, self.model.hash, made_with, self.model.ingredients)
+
+    def _upscale(self, pixels: Pixels) -> Pixels:
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device) / 255  # (1, 3, H, W)
+        with torch.inference_mode():
+            y = self._upscaler(x)[0].clamp(0, 1)
+        return np.ascontiguousarray((y * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+    @cached_property
+    def _upscaler(self) -> nn.Module:
+        from sfumato.families.upscaler import load_upscaler
+
+        return load_upscaler().to(self.device)
 
     def _scene(self, canvas: Canvas | None) -> Scene:
         if canvas is None:

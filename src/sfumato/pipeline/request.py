@@ -22,6 +22,7 @@ MAX_RATIO = 1e6  # of noise to signal
 MAX_TEXT = 10_000  # characters
 MAX_MARGIN = 1 << 14  # pixels
 MAX_HIRES = 8.0
+UPSCALES = (1, 4)
 STRENGTH, HIRES_STRENGTH, MIX = 0.75, 0.5, 0.5  # where none is asked for; with a mask or margins, strength is 1
 NEEDS = {  # settings that would be ignored without another
     "strength": "init",
@@ -88,6 +89,9 @@ class Request:
     )
     hires_strength: float | None = _setting(
         None, "above 0, to 1: how much of the enlarged picture to make anew (default: 0.5)", "F", "--hires-strength"
+    )
+    upscale: int | None = _setting(
+        None, "1, or 4 to enlarge the picture at the end by a network for drawings", "FACTOR", "--upscale"
     )
 
     @classmethod
@@ -158,6 +162,7 @@ class Request:
             mix=_given(self.mix, lambda v: _real("mix", v, 0.0, 1.0)),
             hires=_given(self.hires, _enlargement),
             hires_strength=_given(self.hires_strength, lambda v: _share("hires_strength", v)),
+            upscale=_given(self.upscale, _upscale),
         )
         for name, needed in NEEDS.items():
             if getattr(request, name) is not None and not getattr(request, needed):
@@ -200,6 +205,7 @@ class Request:
             height=size[1] if asked.height is None else asked.height,
             strength=strength,
             variation_seed=variation,
+            upscale=default.upscale if asked.upscale is None else asked.upscale,
             mix=MIX if asked.mix is None and asked.prompt_to is not None else asked.mix,
             hires_strength=HIRES_STRENGTH
             if asked.hires_strength is None and asked.hires is not None
@@ -298,6 +304,13 @@ def _enlargement(value: Any) -> float:
     factor = _real("hires", value, 1.0, MAX_HIRES)
     if factor == 1:
         raise BadRequest("hires must be above 1: it says how many times to enlarge the picture")
+    return factor
+
+
+def _upscale(value: Any) -> int:
+    factor = _whole("upscale", value, 1, max(UPSCALES))
+    if factor not in UPSCALES:
+        raise BadRequest(f"upscale is {' or '.join(map(str, UPSCALES))}, not {factor}")
     return factor
 
 

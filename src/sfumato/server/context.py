@@ -173,7 +173,7 @@ class Context:
         assert request.steps is not None
         limits, pixels = self.settings.limits, request.width * request.height
         for name, value, most in (
-            ("width × height", pixels, limits.pixels),
+            ("width × height", pixels * (request.upscale or 1) ** 2, limits.pixels),
             ("steps", request.steps, limits.steps),
             ("n", request.n, limits.n),
             ("width × height × steps × n", pixels * request.steps * request.n, limits.work),

@@ -54,6 +54,7 @@ class DefaultSettings:
     guidance: float
     width: int
     height: int
+    upscale: int
 
 
 @dataclass(frozen=True)
