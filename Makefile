@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red apple
 ARGS ?=
 
-.PHONY: image test check bench soak clean
+.PHONY: image test check bench soak demo-train clean
 
 ## A picture from words, offline, with the embedded model: make image PROMPT="a red apple"
 image: $(VENV)/.installed
@@ -20,11 +20,18 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-## Measurements: order of convergence, cold start, training throughput
 ## The full form of the reliability tests
 soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest --soak
 
+## A toy of each part of a latent model, trained on the sample that ships, and a picture by it
+demo-train: $(VENV)/.installed-dev
+	$(BIN)/sfumato train recipes/demo/vae.yaml
+	$(BIN)/sfumato train recipes/demo/clip.yaml
+	$(BIN)/sfumato train recipes/demo/latent.yaml
+	$(BIN)/sfumato generate "a red apple" --model runs/demo-latent --seed 1
+
+## Measurements: order of convergence, cold start, training throughput
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/convergence.py
 	$(BIN)/python bench/cold_start.py
