@@ -17,7 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "text": {"networks"},
     "data": set(),
     "families": {"diffusion", "networks", "text", "checkpoints"},
-    "pipeline": {"families", "diffusion"},
+    "pipeline": {"families", "networks", "diffusion"},
     "inside": {"pipeline", "families", "networks", "text", "diffusion"},
     "training": {"diffusion", "networks", "text", "checkpoints", "families", "data"},
     "evaluation": {"pipeline", "families", "checkpoints", "data"},

@@ -239,6 +239,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--embedding", metavar="WORD=FILE", action="append", default=[], help="teach prompts a learned word; several")
     _add_reading(parser)
     add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")
+    add("--dtype", metavar="fp32|bf16", help="type to compute in (default: fp32)")
+    add(
+        "--memory",
+        default="auto",
+        metavar="auto|normal|low",
+        help="low leaves weights in their file, for the same pictures (default: low if they would not fit)",
+    )
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
@@ -315,6 +322,7 @@ def _replay(args: argparse.Namespace) -> int:
     target = Target.plan(args.out, args.force, files=1)
     request = old.request.map_pictures(lambda name, picture: _picture_again(name, picture, args))
     args.model = args.model or recorded(old.model)
+    args.dtype = args.dtype or str(old.made_with.get("dtype", "fp32"))
     pipe = _load(args, _found(old.ingredients, args), old.made_with.get("threads"))
     if pipe.model.hash != old.model_hash:
         raise BadCheckpoint(
@@ -559,6 +567,8 @@ def _load(args: argparse.Namespace, additions: Additions | None = None, threads:
     from sfumato import families
 
     additions = additions or _additions(args)
+    how: dict[str, Any] = {"dtype": args.dtype or "fp32", "memory": args.memory}
+    families.keeping.check(**how)
     families.locate(args.model, args.variant)  # a wrong name is told at once, torch takes seconds
     for ingredient in additions.ingredients():  # as is a missing file
         assert ingredient
@@ -569,7 +579,7 @@ def _load(args: argparse.Namespace, additions: Additions | None = None, threads:
             import torch
 
             torch.set_num_threads(threads)  # the order of sums, and so the last bits, may depend on it
-        how = {"variant": args.variant, "allow_pickle": args.allow_pickle, "partial": args.partial}
+        how |= {"variant": args.variant, "allow_pickle": args.allow_pickle, "partial": args.partial}
         return Pipeline(families.load(args.model, additions, **how))
 
 

@@ -31,6 +31,23 @@ TOKENIZER_FILES = (
 ADDED_WORDS = "sfumato_words.json"  # learned words: how each is written, and its ids
 
 
+DTYPES = {"fp32": ("float32", 4), "bf16": ("bfloat16", 2)}  # torch's name, bytes a number
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How a model's weights are kept.
+
+    Args:
+        dtype: a name in ``DTYPES``, the type in which denoiser and text towers compute; the autoencoder, whose numbers
+            become pixels, computes in float32.
+        low: leave the weights in their file, mapped, and unfold one layer's at a time; the pictures are the same.
+    """
+
+    dtype: str = "fp32"
+    low: bool = False
+
+
 @dataclass(frozen=True)
 class Published:
     """A model as others publish it; its tensors stay in their files until they are used.
@@ -45,6 +62,7 @@ class Published:
         files: the files that hold the tensors.
         partial: whether missing, extra and misshaped tensors are let pass, and reported.
         reports: component → what found its place; filled as the networks are built.
+        keep: how networks built from it keep their weights.
     """
 
     path: Path
@@ -56,6 +74,7 @@ class Published:
     files: tuple[Path, ...] = ()
     partial: bool = False
     reports: dict[str, LoadReport] = field(default_factory=dict, compare=False)
+    keep: Keep = field(default_factory=lambda: Keep())
 
     @property
     def size(self) -> int:

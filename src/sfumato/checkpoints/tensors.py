@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -150,11 +150,18 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
 
 
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, partial: bool = False) -> LoadReport:
+def load_into(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    partial: bool = False,
+    keep: Callable[[str, Tensor], Tensor] | None = None,
+) -> LoadReport:
     """Copy tensors into a module's parameters and buffers of the same names, all of them or, if they differ, none.
 
     With ``partial`` those that fit are copied, and the report tells which did not; at least one must fit.
-    Numbers take the module's dtype. Raises BadCheckpoint with lists of what is missing, extra or misshaped.
+    Numbers take the module's dtype, one tensor after another, unless ``keep`` says what becomes of each. Raises
+    BadCheckpoint with lists of what is missing, extra or misshaped.
     """
     own: dict[str, Tensor] = module.state_dict()
     fits = {
@@ -174,7 +181,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, partial: bool
     if not partial and (report.missing or report.extra or report.misshaped):
         raise BadCheckpoint(f"the weights do not fit the network: {report}")
     on_meta = any(t.is_meta for t in own.values())  # memory is yet to be given: take the tensors themselves
-    module.load_state_dict({k: t.to(own[k].dtype) for k, t in fits.items()}, strict=False, assign=on_meta)
+    place = keep or (lambda k, t: t.to(own[k].dtype))
+    module.load_state_dict({k: place(k, t) for k, t in fits.items()}, strict=False, assign=on_meta)
     return report
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.checkpoints import hub
 from sfumato.errors import BadCheckpoint, BadRequest, nearest
+from sfumato.families import keeping
 from sfumato.families.additions import Additions
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def load(
     variant: str | None = None,
     allow_pickle: bool = False,
     partial: bool = False,
+    dtype: str = "fp32",
+    memory: str = "auto",
 ) -> Model:
     """Load a model by embedded name or path.
 
@@ -83,9 +86,11 @@ def load(
         variant: which files of a folder to take, such as "fp16".
         allow_pickle: whether files that can run code may be read, by a child that may not.
         partial: let missing, extra and misshaped tensors pass, and report them in the model's card.
+        dtype, memory: how its weights are kept, of ``keeping.DTYPES`` and ``keeping.MEMORY``.
 
     Raises BadRequest if there is no such model, BadCheckpoint if its file cannot be trusted or does not fit.
     """
+    keeping.check(dtype, memory)
     path = locate(name, variant)
     display = str(name) if name is not None else DEFAULT_MODEL
     if commit := hub.commit_of(path):  # a picture can be made again even if its model's branch has moved
@@ -97,12 +102,16 @@ def load(
 
         if additions:
             raise BadRequest(f"{display}: what can be added to published models cannot be added to this one")
+        if dtype != "fp32":
+            raise BadRequest(f"{display}: a model of our own computes in fp32; other types are for published models")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return load_native(path, display, read_tensors(path), metadata, digest)
 
     ingredients = tuple(additions.ingredients())  # a missing file is told before the model is read
     published = replace(_read(path, variant, allow_pickle=allow_pickle, partial=partial), partial=partial)
     published = additions.apply(published, allow_pickle=allow_pickle, partial=partial)
+    keep, why = keeping.decide(published, dtype, memory)
+    published = replace(published, keep=keep, why={**published.why, "computes in": dtype, "memory": why})
     return replace(_build(published, display), ingredients=ingredients)
 
 
@@ -146,7 +155,7 @@ def describe(path: Path, variant: str | None = None, *, allow_pickle: bool = Fal
         "parameters": f"{numbers / 1e6:.1f} M",
         "stored as": ", ".join(sorted({t.dtype for h in headers for t in h.tensors.values()})),
         "size": f"{published.size / 2**20:.0f} MiB",
-        "memory": f"{4 * numbers / 2**20:.0f} MiB in float32",
+        "memory": f"{4 * numbers / 2**20:.0f} MiB in fp32, {2 * numbers / 2**20:.0f} in bf16; little with --memory low",
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from sfumato.checkpoints.published import Json, Published
+from sfumato.checkpoints.published import DTYPES, Json, Published
 from sfumato.checkpoints.tensors import load_into
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
@@ -24,6 +23,7 @@ from sfumato.families.configs import autoencoder_config, clip_config, t5_config,
 from sfumato.families.model import Model
 from sfumato.networks.autoencoder import Autoencoder, TinyAutoencoder
 from sfumato.networks.compact import CompactAutoencoder
+from sfumato.networks.stored import Mappings, in_dtype, keeper
 from sfumato.text.clip import CLIPText
 from sfumato.text.prompt import chunks, grid, spell_prompt, weigh
 from sfumato.text.spelling import Word
@@ -67,11 +67,14 @@ def _at_most(parameters: int) -> Iterator[None]:
         handle.remove()
 
 
-def build(model: Published, component: str, network: Callable[[Any], M], config: Any) -> M:
-    """Build a network without memory of its own and give it a component's tensors, in float32.
+def build(
+    model: Published, component: str, network: Callable[[Any], M], config: Any, dtype: torch.dtype | None = None
+) -> M:
+    """Build a network without memory of its own and give it a component's tensors, in the model's type or ``dtype``.
 
-    Tensors that are float32 in the file stay mapped to it. Raises BadCheckpoint if they do not fit exactly or, where
-    the model is partial, not at all; what is missing then has the first values of training.
+    Tensors that have that type in the file stay mapped to it; others are changed one by one, or when they are used
+    where the model keeps little. Raises BadCheckpoint if they do not fit exactly or, where the model is partial, not
+    at all; what is missing then has the first values of training.
     """
     if component not in model.tensors:
         raise BadCheckpoint(f"{model.path}: has no {component}")
@@ -84,7 +87,9 @@ def build(model: Published, component: str, network: Callable[[Any], M], config:
             else:
                 with torch.device("meta"), _Unfilled():
                     module = network(config)
-        model.reports[component] = load_into(module, model.tensors[component], partial=model.partial)
+        module = module.to(dtype or getattr(torch, DTYPES[model.keep.dtype][0]))
+        keep = keeper(Mappings(model.files), module.state_dict(keep_vars=True), model.keep.low and not model.partial)
+        model.reports[component] = load_into(module, model.tensors[component], partial=model.partial, keep=keep)
     except (BadCheckpoint, ValueError, RuntimeError) as e:
         hint = " (--partial lets that pass)" if "do not fit the network:" in str(e) else ""
         raise BadCheckpoint(f"{model.path}: {component}: {e}{hint}") from None
@@ -95,8 +100,8 @@ def autoencoder(model: Published) -> Autoencoder | TinyAutoencoder:
     """Build the model's autoencoder, the KL one or the tiny one."""
     config = model.configs["vae"]
     if "num_decoder_blocks" in config or config.get("_class_name") == "AutoencoderTiny":
-        return build(model, "vae", TinyAutoencoder, tiny_autoencoder_config(config))
-    return build(model, "vae", Autoencoder, autoencoder_config(config))
+        return build(model, "vae", TinyAutoencoder, tiny_autoencoder_config(config), torch.float32)
+    return build(model, "vae", Autoencoder, autoencoder_config(config), torch.float32)
 
 
 def decoder(vae: Autoencoder | TinyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
@@ -110,7 +115,7 @@ def encoder(vae: Autoencoder | TinyAutoencoder | CompactAutoencoder) -> Callable
 
 
 def _in_type_of(x: Tensor, vae: V) -> V:
-    return vae if x.dtype == next(vae.parameters()).dtype else copy.deepcopy(vae).to(x.dtype)
+    return vae if x.dtype == next(vae.parameters()).dtype else in_dtype(vae, x.dtype)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Shapes: n pictures; x (n, C, h, w); pictures (n, 3, H, W) in [−1, 1]; a guided
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import public_name
 from sfumato.families.additions import Lora
 from sfumato.families.model import Conditioning, Model
+from sfumato.networks.stored import in_dtype
 from sfumato.pipeline.canvas import Canvas, canvas_of, cover
 from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture, Pixels
@@ -289,7 +289,11 @@ class Pipeline:
 
     def _call(self, network: nn.Module, x: Tensor, clock: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = next(network.parameters()).dtype
-        words = {k: v.to(dtype) if v.is_floating_point() else v for k, v in conditioning.items()}
+        words = {
+            # Sequences take the network's type. Vectors are never narrowed: a size would be rounded; networks do that.
+            k: v.to(dtype if v.ndim > 2 else torch.promote_types(v.dtype, dtype)) if v.is_floating_point() else v
+            for k, v in conditioning.items()
+        }
         with torch.inference_mode():  # closed before anything is yielded: a caller's own mode is never touched
             return network(x.to(dtype), clock, **words).to(x.dtype)
 
@@ -297,7 +301,7 @@ class Pipeline:
     def _wide_network(self) -> nn.Module:
         """The network in the next wider type, for numbers that overflow its own."""
         narrow = next(self.model.network.parameters()).dtype
-        return copy.deepcopy(self.model.network).to(_wider(narrow))
+        return in_dtype(self.model.network, _wider(narrow))
 
     def _encode(self, pictures: Tensor) -> Tensor:
         if self.model.encode_picture is None:
@@ -327,6 +331,7 @@ class Pipeline:
             "numpy": np.__version__,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
+            "dtype": _NAMES.get(next(self.model.network.parameters()).dtype, "fp32"),
         }
 
 
@@ -341,6 +346,8 @@ def load(
     variant: str | None = None,
     allow_pickle: bool = False,
     partial: bool = False,
+    dtype: str = "fp32",
+    memory: str = "auto",
 ) -> Pipeline:
     """Load a model by its weight file's path or its name, by default the one built in, as a pipeline.
 
@@ -353,6 +360,9 @@ def load(
         variant: which files of a folder to take, such as "fp16".
         allow_pickle: read .ckpt, .pt and .bin files too, in a child process that may build tensors alone.
         partial: let missing, extra and misshaped tensors pass; the model's card tells which.
+        dtype: "fp32", or "bf16": half the memory, faster on CPUs that multiply in it, and a little other pictures.
+        memory: "normal" keeps all weights in memory; "low" leaves them in their file and unfolds one layer's at a time,
+            for the same pictures; "auto" does so if they would not fit.
 
     Raises BadRequest if there is no such model, BadCheckpoint if a file is damaged, foreign or does not fit.
     """
@@ -360,7 +370,11 @@ def load(
 
     name = None if path_or_name is None else os.fspath(path_or_name)
     additions = families.Additions.of(loras, embeddings, vae, controlnets)
-    return Pipeline(families.load(name, additions, variant=variant, allow_pickle=allow_pickle, partial=partial), batch)
+    how = {"variant": variant, "allow_pickle": allow_pickle, "partial": partial, "dtype": dtype, "memory": memory}
+    return Pipeline(families.load(name, additions, **how), batch)
+
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def _walk(
