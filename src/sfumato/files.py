@@ -40,7 +40,7 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = True) -> None
 
 def cannot_write(path: Path, error: OSError) -> SfumatoError:
     """Return the error to raise when a path cannot be written."""
-    kind = NoResources if error.errno in (errno.ENOSPC, errno.EDQUOT) else BadRequest
+    kind = NoResources if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else BadRequest
     return kind(f"cannot write {path}: {error.strerror or error}")
 
 

@@ -111,20 +111,23 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
     wrapped = world.wrap(module, recipe.parallel)
     optimizers = build_optimizers(module, recipe.optimizer, precision == "bf16")
     ema = EMA(module, recipe.ema)
-    start = 0
-    if (checkpoint := load_newest(run / "checkpoints", progress.warn)) is not None:
-        start = checkpoint.step
-        _restore(checkpoint, module, ema, optimizers)
+    found = world.together(lambda: load_newest(run / "checkpoints", progress.warn))
+    start = 0 if found is None else found.step
+    if found is not None:
+        _restore(found, recipe, module, ema, optimizers)
         progress.note(f"resuming at step {start}")
     rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
     network = torch.compile(wrapped) if recipe.compile else wrapped
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def save(done: int) -> None:
-        snapshot = _snapshot(done, module, ema, optimizers)
-        if world.main:
-            save_checkpoint(run / "checkpoints", snapshot, recipe.keep)
-        world.barrier()
+        snapshot = _snapshot(done, recipe, module, ema, optimizers, world)
+
+        def write() -> None:
+            if world.main:
+                save_checkpoint(run / "checkpoints", snapshot, recipe.keep)
+
+        world.together(write)
 
     module.train()
     bad = 0
@@ -132,7 +135,6 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
     batches = _batches(task, recipe, world, start)
     with progress.running(recipe.steps, start), _stop_signal() as stop, log or nullcontext():
         for step in range(start, recipe.steps):
-            torch.manual_seed((recipe.seed * 1_000_003 + step) % (1 << 63))  # dropout
             share = learning_rate(recipe.optimizer, step, recipe.steps)
             for optimizer, own in zip(optimizers, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, own, strict=True):
@@ -140,10 +142,12 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
                 optimizer.zero_grad(set_to_none=True)
             value, losses = 0.0, None
             for part in range(recipe.accumulate):
+                batch = world.together(lambda: next(batches))
+                torch.manual_seed(_noise_seed(recipe, _places(recipe, world, step, part).start))  # dropout
                 last = part + 1 == recipe.accumulate
                 with nullcontext() if last else world.no_sync(wrapped):
                     with autocast:
-                        losses = task.losses(network, next(batches))
+                        losses = task.losses(network, batch)
                     loss = losses.loss.mean() / recipe.accumulate
                     loss.backward()
                 value += float(loss.detach())
@@ -175,39 +179,51 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
                 progress.note(f"stopped after step {done}; the same command goes on from there")
                 raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
             if recipe.grid_every and (done % recipe.grid_every == 0 or done == recipe.steps):
-                weights = _whole(ema.averages[0])
+                weights = _whole(ema.averages[0], world)
                 if world.main:
                     task.grid(weights, run / f"grid-{done:08d}.png")
     for i, decay in enumerate(recipe.ema):
-        weights = _whole(ema.averages[i])
+        weights = _whole(ema.averages[i], world)
         if world.main:
             task.export(weights, run / ("final.safetensors" if i == 0 else f"final-ema-{decay:g}.safetensors"))
     world.barrier()
     return run / "final.safetensors"
 
 
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gather tensors that ranks may hold in shards; all ranks must ask together."""
-    return {k: full(v).cpu() for k, v in tensors.items()}
+def _whole(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Gather on the main rank tensors that ranks may hold in shards, one at a time; all ranks must ask together."""
+    whole: dict[str, Tensor] = {}
+    for k, v in tensors.items():
+        gathered = full(v)
+        if world.main:
+            whole[k] = gathered.cpu()
+    return whole
+
+
+def _places(recipe: Recipe, world: World, step: int, part: int) -> range:
+    """Return the places of this rank's micro-batch."""
+    size = recipe.batch // (world.size * recipe.accumulate)
+    first = step * recipe.batch + (world.rank * recipe.accumulate + part) * size
+    return range(first, first + size)
+
+
+def _noise_seed(recipe: Recipe, place: int) -> int:
+    """Seed what a network draws itself, such as dropout, for the micro-batch that begins at a place."""
+    return (recipe.seed * 1_000_003 + place) % (1 << 63)
 
 
 def _batches(task: Task, recipe: Recipe, world: World, start: int) -> Iterator[Any]:
     """Yield this rank's micro-batches from a step on; with workers, prepared ahead in the same order."""
-    size = recipe.batch // (world.size * recipe.accumulate)
-
-    def places() -> Iterator[range]:
-        for step in range(start, recipe.steps):
-            for part in range(recipe.accumulate):
-                first = step * recipe.batch + (world.rank * recipe.accumulate + part) * size
-                yield range(first, first + size)
-
+    places = (
+        _places(recipe, world, step, part) for step in range(start, recipe.steps) for part in range(recipe.accumulate)
+    )
     if recipe.workers == 0:
-        yield from map(task.fetch, places())
+        yield from map(task.fetch, places)
         return
     ahead: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(recipe.workers) as pool:
         try:
-            for where in places():
+            for where in places:
                 ahead.append(pool.submit(task.fetch, where))
                 if len(ahead) > 2 * recipe.workers:
                     yield ahead.popleft().result()
@@ -253,9 +269,7 @@ def _settle_recipe(task: Task, recipe: Recipe, run: Path, world: World) -> str:
         if path.exists():
             stored = _read_json(path)
             precision, first = stored.pop("resolved_precision"), stored.pop("data_fingerprint", data)
-            # Read through today's defaults: a setting that is newer than the run is no difference.
-            before, now = _binding(from_dict(Recipe, stored, str(path))), _binding(recipe)
-            differing = [k for k in now if now[k] != before[k]] + (["the data's content"] if first != data else [])
+            differing = _differing(stored, recipe) + (["the data's content"] if first != data else [])
             if differing:
                 raise BadData(
                     f"{run} holds a run of another recipe (differs in {', '.join(differing)}): use another --run folder"
@@ -268,6 +282,13 @@ def _settle_recipe(task: Task, recipe: Recipe, run: Path, world: World) -> str:
         write_atomically(path, json.dumps(plain, indent=1).encode())
     world.barrier()
     return _read_json(path)["resolved_precision"]
+
+
+def _differing(stored: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Name the binding settings in which a recipe differs from a stored one."""
+    # Read through today's defaults: a setting that is newer than the run is no difference.
+    before, now = _binding(from_dict(Recipe, stored, "the run's recipe")), _binding(recipe)
+    return [k for k in now if now[k] != before[k]]
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:
@@ -283,20 +304,45 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise BadData(f"{path} cannot be read ({e}): use another --run folder") from None
 
 
-def _snapshot(step: int, module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> Checkpoint:
+def _snapshot(
+    step: int, recipe: Recipe, module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer], world: World
+) -> Checkpoint:
+    """Gather a run's whole state.
+
+    Random numbers are counter-based: all that any rank draws next follows from the seed and the next place.
+    """
+    plain = {
+        "version": version("sfumato"),
+        "recipe": _binding(recipe),
+        "cursor": {"place": step * recipe.batch},
+        "rng": {"seed": recipe.seed, "counter": step * recipe.batch},
+    }
+    return Checkpoint(step, _whole(_state(module, ema, optimizers), world), plain)
+
+
+def _state(module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.tensors().items()}
-    tensors |= {f"optimizer.{k}": v for k, v in tensors_of(optimizers).items()}
-    return Checkpoint(step, _whole(tensors), {"version": version("sfumato")})
+    return tensors | {f"optimizer.{k}": v for k, v in tensors_of(optimizers).items()}
 
 
-def _restore(checkpoint: Checkpoint, module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> None:
+def _restore(
+    checkpoint: Checkpoint, recipe: Recipe, module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]
+) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
 
-    weights = part("model.")
+    weights, own = part("model."), module.state_dict()
+    differing = _differing(checkpoint.plain["recipe"], recipe) if "recipe" in checkpoint.plain else []
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
+        differing.append("the weights' shapes")
+    if differing:
+        raise BadData(
+            f"the checkpoint of step {checkpoint.step} is another recipe's (differs in {', '.join(differing)}): "
+            "use another --run folder"
+        )
     with torch.no_grad():
-        for k, v in module.state_dict().items():
+        for k, v in own.items():
             v.copy_(placed_like(weights[k], v))
     ema.restore(part("ema."))
     restore(optimizers, part("optimizer."))

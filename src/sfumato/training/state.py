@@ -2,7 +2,7 @@
 
 One checkpoint is ``step-N.safetensors`` (all tensors) and ``step-N.json`` (everything else, and the
 tensors' SHA-256). Each is written aside, fsynced, renamed, and its folder fsynced; the JSON comes last, so a
-checkpoint exists once its JSON does.
+checkpoint exists once its JSON does. The JSON ends in its own SHA-256: no byte of either file can change unseen.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     data = save({k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()})
     write_atomically(folder / f"{name}.safetensors", data)
     plain = {"step": checkpoint.step, "sha256": hashlib.sha256(data).hexdigest(), **checkpoint.plain}
-    write_atomically(folder / f"{name}.json", json.dumps(plain, indent=1).encode())
+    write_atomically(folder / f"{name}.json", _sealed(plain))
     for old in sorted(folder.glob("step-*.json"))[:-keep]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
@@ -48,7 +48,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         part.unlink(missing_ok=True)
     for path in sorted(folder.glob("step-*.json"), reverse=True):
         try:
-            plain = json.loads(path.read_bytes())
+            plain = _unsealed(path.read_bytes())
             data = path.with_suffix(".safetensors").read_bytes()
             if hashlib.sha256(data).hexdigest() != plain.pop("sha256"):
                 raise ValueError("its bytes have changed since it was written")
@@ -56,3 +56,18 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         except (OSError, ValueError, KeyError) as e:
             warn(f"{path.stem} is damaged ({e}); falling back to the checkpoint before it")
     return None
+
+
+def _sealed(plain: Mapping[str, Any]) -> bytes:
+    seal = hashlib.sha256(json.dumps(plain, indent=1).encode()).hexdigest()
+    return json.dumps({**plain, "seal": seal}, indent=1).encode()
+
+
+def _unsealed(data: bytes) -> dict[str, Any]:
+    plain = json.loads(data)
+    if set(plain) == {"step", "sha256", "version"}:  # written before there were seals
+        return plain
+    if _sealed({k: v for k, v in plain.items() if k != "seal"}) != data:
+        raise ValueError("its bytes have changed since it was written")
+    del plain["seal"]
+    return plain

@@ -7,9 +7,11 @@ Under ``ddp`` every rank holds the whole state, under ``fsdp`` (FSDP2) each hold
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from sfumato.errors import BadCheckpoint, BadData, BadRequest, NoResources
+
+T = TypeVar("T")
+ERRORS = {kind.exit_code: kind for kind in (BadRequest, BadCheckpoint, BadData, NoResources)}
+# What the transports of gloo and nccl say when the process at the other end has died.
+LOST = re.compile(r"closed by peer|reset by peer|broken pipe|\bgloo\b|\bnccl\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class World:
         """Whether the flag is up on any rank; all ranks must ask together."""
         if self.size == 1:
             return flag
-        up = torch.tensor(float(flag), device=self.device)
+        up = torch.tensor(float(flag))
         dist.all_reduce(up, dist.ReduceOp.MAX)
         return bool(up)
 
@@ -73,9 +82,39 @@ class World:
         """Average a number over all ranks, NaN if it is NaN on one; all ranks must ask together."""
         if self.size == 1:
             return value
-        total = torch.tensor(value, device=self.device, dtype=torch.float64)
+        total = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(total)
         return float(total) / self.size
+
+    def gather(self, text: str) -> list[str]:
+        """Return every rank's text; all ranks must ask together."""
+        if self.size == 1:
+            return [text]
+        texts: list[str] = [""] * self.size
+        dist.all_gather_object(texts, text)
+        return texts
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do on this rank what all do now, and fail on all ranks where it fails on one.
+
+        A rank that failed alone would leave the others waiting for it: they hear of it, and raise an error of its kind.
+        """
+        if self.size == 1:
+            return action()
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as e:
+            error = e
+        if self.any(error is not None):
+            code = getattr(error, "exit_code", NoResources.exit_code)
+            said = self.gather("" if error is None else f"{code} {error or type(error).__name__}")
+            if error is None:
+                rank, text = next((i, t) for i, t in enumerate(said) if t)
+                number, _, reason = text.partition(" ")
+                raise ERRORS.get(int(number), NoResources)(f"stopped because rank {rank} failed: {reason}")
+            raise error
+        return result  # pyright: ignore[reportReturnType]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -108,8 +147,18 @@ def joined(device: str) -> Iterator[World]:
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield World(device=place)
         return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    )  # flags and texts go by the CPU: no waiting for a GPU
+    if cuda:
+        torch.cuda.set_device(place)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), place)
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or LOST.search(str(e)):
+            raise NoResources(
+                "another rank is gone, its own message says why; the same command goes on from the last checkpoint"
+            ) from e
+        raise
     finally:
         dist.destroy_process_group()
