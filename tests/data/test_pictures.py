@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from faults import spoil, write_pictures
 from sfumato.data.captions import caption_problem, template_caption
 from sfumato.data.config import SAMPLE, DataConfig
 from sfumato.data.pictures import LazyImages, Pictures, load_pictures
@@ -36,14 +35,6 @@ def bare(weights: list[float], **settings: Any) -> Pictures:
     images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 1, 1)
     rows = [{"caption": f"picture {i}"} for i in range(n)]
     return Pictures(images, rows, np.array(weights), DataConfig(**{"dropout": 0.0, **settings}))
-
-
-def write_pictures(root: Path, count: int, size: tuple[int, int] = (20, 20)) -> Path:
-    root.mkdir(exist_ok=True)
-    for i in range(count):
-        Image.new("RGB", size, (i, 2 * i % 256, 3 * i % 256)).save(root / f"{i:03}.png")
-        (root / f"{i:03}.txt").write_text(f"picture number {i}")
-    return root
 
 
 def load(path: Path | str, size: int = 8, **settings: Any) -> Pictures:
@@ -273,25 +264,6 @@ def test_template_needs_its_columns(tmp_path: Path) -> None:
 
 
 # ── faults ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def spoil(root: Path, i: int) -> None:
-    """Spoil picture i in one of ten ways."""
-    picture, text = root / f"{i:03}.png", root / f"{i:03}.txt"
-    bomb = picture.read_bytes()[:16] + struct.pack(">II", 20_000, 20_000) + b"\x08\x02\0\0\0"
-    bomb += struct.pack(">I", zlib.crc32(bomb[12:])) + picture.read_bytes()[33:]  # a new size in the header
-    [
-        lambda: picture.write_bytes(picture.read_bytes()[:40]),
-        lambda: picture.write_text("<html>404 not found</html>"),
-        lambda: picture.write_bytes(bomb),
-        lambda: picture.write_bytes(b""),
-        lambda: text.write_text(""),
-        lambda: text.write_bytes(b"x" * 1_000_000),
-        lambda: text.write_bytes(b"a\0b"),
-        lambda: text.write_bytes(b"\xed\xa0\x80"),  # a lone surrogate
-        lambda: text.unlink(),
-        lambda: picture.unlink(),
-    ][i // 20 % 10]()
 
 
 @pytest.fixture(scope="module")
