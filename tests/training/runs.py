@@ -28,6 +28,7 @@ SMALL = [
     "checkpoint_every=3",
     "grid_every=0",
     "optimizer.warmup=2",
+    "optimizer.decay=0",  # so that a run may go on longer than it was told at first
     "log_every=1",
 ]
 

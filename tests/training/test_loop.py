@@ -52,7 +52,7 @@ def test_a_run_crashed_after_any_step_ends_in_the_same_bytes(
         pytest.skip("muon under workers and accumulation: --soak")
     steps = 50 if soak else 12
     overrides = (f"workers={workers}", f"accumulate={accumulate}", f"optimizer.name={optimizer}", f"steps={steps}",
-                 "model.network.dropout=0.1", "keep=99")  # fmt: skip
+                 "model.network.dropout=0.1", "optimizer.decay=0.5", "keep=99")  # fmt: skip
     whole = run(pictures, tmp_path / "whole", *overrides)
     for at in range(steps) if soak else (1, 5, 9):
         folder = tmp_path / f"crash-{at}"
@@ -117,7 +117,7 @@ def test_a_bad_step_is_not_applied_and_too_many_end_the_run(pictures, tmp_path: 
 
     def weights(folder: Path, steps: int) -> dict[str, torch.Tensor]:
         """Return weights, averages and moments after so many steps."""
-        run(pictures, folder, f"steps={steps}", "optimizer.decay=0", task=Faulty)
+        run(pictures, folder, f"steps={steps}", task=Faulty)
         newest = load_newest(folder / "checkpoints", pytest.fail)
         assert newest is not None
         return dict(newest.tensors)
@@ -244,17 +244,17 @@ def test_a_full_disk_ends_the_command_by_5_and_leaves_the_checkpoint_before(tmp_
         return main([*command(folder, *more)[3:]])
 
     assert train_to(tmp_path / "whole", "steps=6") == 0
-    assert train_to(tmp_path / "full", "steps=3", "optimizer.decay=0") == 0
-    assert train_to(tmp_path / "free", "steps=6", "optimizer.decay=0") == 0
+    assert train_to(tmp_path / "full", "steps=3") == 0
+    assert train_to(tmp_path / "free", "steps=6") == 0
     before = states(tmp_path / "full")
     capsys.readouterr()
     with files_of_at_most(20_000):
-        assert train_to(tmp_path / "full", "steps=6", "optimizer.decay=0") == 5
+        assert train_to(tmp_path / "full", "steps=6") == 5
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("sfumato: cannot write")
     assert "step-00000006.safetensors" in last
     assert states(tmp_path / "full") == before
-    assert train_to(tmp_path / "full", "steps=6", "optimizer.decay=0") == 0
+    assert train_to(tmp_path / "full", "steps=6") == 0
     assert (tmp_path / "full/final.safetensors").read_bytes() == (tmp_path / "free/final.safetensors").read_bytes()
 
 

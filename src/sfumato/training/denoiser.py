@@ -95,10 +95,9 @@ class DenoiserTask:
     ):
         self.recipe, self.pictures, self.autoencoder, self.features = recipe, pictures, autoencoder, features
         if recipe.model.text.tokenizer == "learned":
-            if world.main:
-                _learn_tokenizer(pictures, recipe.model.text.vocabulary, run / "tokenizer.json")
-            world.barrier()
-            tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+            vocabulary, path = recipe.model.text.vocabulary, run / "tokenizer.json"
+            world.together(lambda: _learn_tokenizer(pictures, vocabulary, path) if world.main else None)
+            tokenizer = Tokenizer.from_file(str(path))
         else:
             tokenizer = build_tokenizer(recipe.model.text, None)
         torch.manual_seed(recipe.seed)

@@ -123,11 +123,7 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
     def save(done: int) -> None:
         snapshot = _snapshot(done, recipe, module, ema, optimizers, world)
 
-        def write() -> None:
-            if world.main:
-                save_checkpoint(run / "checkpoints", snapshot, recipe.keep)
-
-        world.together(write)
+        world.together(lambda: save_checkpoint(run / "checkpoints", snapshot, recipe.keep) if world.main else None)
 
     module.train()
     bad = 0
@@ -263,9 +259,13 @@ FREE = {"steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_pr
 def _settle_recipe(task: Task, recipe: Recipe, run: Path, world: World) -> str:
     """Store the resolved recipe at a run's start, refuse another one later, and return the precision in force."""
     path = run / "recipe.json"
-    if world.main:
+    data = world.together(task.fingerprint)
+    for rank, other in enumerate(world.gather(data)):
+        if other != data:
+            raise BadData(f"rank {max(rank, world.rank)} has other data than rank {min(rank, world.rank)}")
+
+    def settle() -> None:
         run.mkdir(parents=True, exist_ok=True)
-        data = task.fingerprint()
         if path.exists():
             stored = _read_json(path)
             precision, first = stored.pop("resolved_precision"), stored.pop("data_fingerprint", data)
@@ -280,7 +280,8 @@ def _settle_recipe(task: Task, recipe: Recipe, run: Path, world: World) -> str:
                 precision = "bf16" if bf16_pays(world.device) else "fp32"
         plain = {**to_dict(recipe), "resolved_precision": precision, "data_fingerprint": data}
         write_atomically(path, json.dumps(plain, indent=1).encode())
-    world.barrier()
+
+    world.together(lambda: settle() if world.main else None)
     return _read_json(path)["resolved_precision"]
 
 

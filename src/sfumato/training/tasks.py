@@ -87,7 +87,7 @@ def build_task(recipe: Recipe, root: Path, run: Path, world: World, progress: Pr
         progress.note(found.summary(listing))
 
     def load(side: int, channels: int) -> Pictures:
-        pictures = load_pictures(recipe.data, side, root, channels=channels, on_report=report)
+        pictures = world.together(lambda: load_pictures(recipe.data, side, root, channels=channels, on_report=report))
         progress.note(f"{pictures.epoch_length} drawn per epoch")
         return pictures
 
