@@ -28,7 +28,7 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = True) -> None
             os.replace(temporary, path)
         else:
             _move_to_new(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except FileExistsError as e:
         raise BadRequest(f"{path} exists already; it is left as it is") from e
     except OSError as e:
@@ -56,7 +56,8 @@ def _move_to_new(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # a system whose folders cannot be opened

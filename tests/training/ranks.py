@@ -65,12 +65,27 @@ def lazy(world: World, folder: Path) -> Any:
     return learn(world, folder, "data.captions=plain", pictures=pictures)
 
 
-def full_disk(world: World, folder: Path) -> Any:
-    """Only rank 0 writes, so only rank 0 finds the disk full."""
+def full_disk(world: World, folder: Path, *overrides: str) -> Any:
+    """After a whole checkpoint the disk is full."""
     from test_loop import files_of_at_most
 
-    with files_of_at_most(20_000):
-        return learn(world, folder)
+    learn(world, folder, "steps=3", *overrides)
+    with files_of_at_most(9_000):
+        return learn(world, folder, *overrides)
+
+
+def sharded_damaged(world: World, folder: Path) -> Any:
+    """A byte of rank 1's last file changes: both fall back to the checkpoint before."""
+    sharded = (*FSDP, "sharded=true", "steps=6")
+    learn(world, folder, *sharded)
+    world.barrier()
+    if world.main:
+        file = folder / "checkpoints/step-00000006/shard-00002-model-00001-of-00001.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    world.barrier()
+    return learn(world, folder, *sharded)
 
 
 def other_data(world: World, folder: Path) -> Any:
@@ -84,6 +99,11 @@ SCENARIOS: dict[str, Callable[[World, Path], Any]] = {
     "from-one": lambda world, folder: learn(world, folder, "workers=2"),
     "fsdp": lambda world, folder: learn(world, folder, *FSDP),
     "fsdp-from-two": lambda world, folder: learn(world, folder, "steps=5", *FSDP),
+    "sharded": lambda world, folder: learn(world, folder, *FSDP, "sharded=true"),
+    "sharded-from-two": lambda world, folder: learn(world, folder, "steps=5", *FSDP, "sharded=true"),
+    "sharded-from-one": lambda world, folder: learn(world, folder, *FSDP, "sharded=true"),
+    "sharded-damaged": sharded_damaged,
+    "sharded-full-disk": lambda world, folder: full_disk(world, folder, *FSDP, "sharded=true"),
     "nan": lambda world, folder: faulty(world, folder, "nan"),
     "memory": lambda world, folder: faulty(world, folder, "memory"),
     "lazy": lazy,

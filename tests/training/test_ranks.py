@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import ENV, ROOT, Watched, command, few, figures, recipe
 
 from faults import write_pictures
+from sfumato.cli import main
 from sfumato.training.loop import train
 from sfumato.training.progress import Progress
 from sfumato.training.state import load_newest
+from sfumato.training.world import World
 
 
 def learn(folder: Path, *overrides: str) -> list[int]:
@@ -33,6 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every scenario of ``ranks.py``, run by two ranks."""
     root = tmp_path_factory.mktemp("ranks")
     learn(root / "from-one", "steps=5")
+    learn(root / "sharded-from-one", "steps=5", "sharded=true")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests", ROOT / "tests/training")))
     done = subprocess.run(
@@ -55,7 +59,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["order", "order-workers", "fsdp"])
+@pytest.mark.parametrize("name", ["order", "order-workers", "fsdp", "sharded"])
 def test_two_ranks_share_the_order_of_one_and_agree_with_it(root: Path, one: Path, name: str):
     first, second = (r["seen"] for r in ranks(root, name))
     assert sorted(first + second) == list(range(72))  # none missing, none twice
@@ -66,23 +70,45 @@ def test_two_ranks_share_the_order_of_one_and_agree_with_it(root: Path, one: Pat
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["from-two", "fsdp-from-two"])
+@pytest.mark.parametrize("name", ["from-two", "fsdp-from-two", "sharded-from-two"])
 def test_one_rank_takes_up_what_two_left_in_the_middle_of_an_epoch(root: Path, one: Path, name: str):
     """Five steps of six are one and a half epochs of twenty."""
     before = [place for r in ranks(root, name) for place in r["seen"]]
-    parallel = "parallel=fsdp" if "fsdp" in name else "parallel=ddp"
-    after = learn(root / name, "workers=2", parallel)
+    after = learn(root / name, "workers=2", f"sharded={str('sharded' in name).lower()}")
     assert sorted(before) == list(range(30))
     assert after == list(range(30, 72))
     assert figures(root / name, "step") == list(range(1, 13))
     assert figures(root / name) == pytest.approx(figures(one), rel=0.02)
 
 
-def test_two_ranks_take_up_what_one_left_in_the_middle_of_an_epoch(root: Path, one: Path):
-    after = [place for r in ranks(root, "from-one") for place in r["seen"]]
+@pytest.mark.parametrize("name", ["from-one", "sharded-from-one"])
+def test_two_ranks_take_up_what_one_left_in_the_middle_of_an_epoch(root: Path, one: Path, name: str):
+    after = [place for r in ranks(root, name) for place in r["seen"]]
     assert sorted(after) == list(range(30, 72))
-    assert figures(root / "from-one", "step") == list(range(1, 13))
-    assert figures(root / "from-one") == pytest.approx(figures(one), rel=0.02)
+    assert figures(root / name, "step") == list(range(1, 13))
+    assert figures(root / name) == pytest.approx(figures(one), rel=0.02)
+
+
+def test_a_sharded_checkpoint_holds_the_same_state_in_parts(root: Path, tmp_path: Path):
+    """Taken up by one rank that writes whole files, it is the state of the run that never had shards, to the bit."""
+    whole = load_newest(root / "fsdp/checkpoints", pytest.fail)
+    parts = load_newest(root / "sharded/checkpoints", pytest.fail)
+    assert whole is not None
+    assert parts is not None
+    assert parts.plain == whole.plain
+    assert parts.shards is not None
+    assert len(list(parts.shards.iterdir())) == 2
+    sizes = [file.stat().st_size for file in parts.shards.iterdir()]
+    assert max(sizes) < 0.7 * sum(sizes)
+    found = {k: torch.full_like(v, -1.0) for k, v in whole.tensors.items()}
+    parts.fill(found, World())
+    for k, v in whole.tensors.items():
+        assert torch.equal(found[k], v), k
+
+
+def test_a_changed_byte_in_a_shard_falls_back_on_both(root: Path):
+    seen = [place for r in ranks(root, "sharded-damaged") for place in r["seen"]]
+    assert sorted(seen) == list(range(18, 36))
 
 
 def test_a_bad_number_on_one_rank_holds_the_step_back_on_both(root: Path):
@@ -97,6 +123,7 @@ def test_a_bad_number_on_one_rank_holds_the_step_back_on_both(root: Path):
     [
         ("lazy", 1, 4, "was whole when the run began"),
         ("full-disk", 0, 5, "cannot write"),
+        ("sharded-full-disk", 0, 5, "cannot write"),
         ("other-data", 1, 4, "rank 1 has other data than rank 0"),
         ("memory", 1, None, "MemoryError"),
     ],
@@ -107,7 +134,12 @@ def test_a_fault_on_one_rank_ends_both_in_one_line(root: Path, name: str, culpri
     assert all("\n" not in r["error"] for r in found)
     assert found[culprit]["code"] == code
     assert found[1 - culprit]["code"] == (code or 5)
-    if name not in ("other-data",):
+    if "full-disk" in name:
+        newest = load_newest(root / name / "checkpoints", pytest.fail)
+        assert newest is not None
+        assert newest.step == 3
+        assert not list((root / name / "checkpoints").glob("*6*"))
+    if name not in ("other-data", "sharded-full-disk"):  # there every rank finds it itself
         assert f"rank {culprit} failed" in found[1 - culprit]["error"]
     if name == "lazy":  # steps before the fault are learned on both
         assert figures(root / name, "step") == [1, 2]
@@ -143,7 +175,7 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(tmp_path: Pa
     step = json.loads(checkpoint.read_text())["step"]
     assert f"stopped after step {step}; the same command goes on" in " ".join(said.split())
     assert figures(tmp_path, "step") == list(range(1, step + 1))
-    learn(tmp_path, f"steps={step + 2}")
+    assert main(command(tmp_path, f"steps={step + 2}")[3:]) == 0
     assert figures(tmp_path, "step") == list(range(1, step + 3))
 
 
@@ -166,4 +198,4 @@ def test_a_rank_that_fails_or_dies_ends_the_real_command_in_one_line_each(tmp_pa
     else:
         assert len(lines) == 1
         assert "another rank is gone" in lines[0]
-    assert "Traceback" not in said.split("torch.distributed.elastic")[0]
+    assert said.count("Traceback") == 1  # the launcher's own

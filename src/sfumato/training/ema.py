@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sfumato.training.world import local, placed_like
+from sfumato.training.world import local
 
 
 class EMA:
@@ -28,12 +28,5 @@ class EMA:
             torch._foreach_lerp_([local(v) for v in average.values()], new, 1 - d)  # pyright: ignore
 
     def tensors(self) -> dict[str, Tensor]:
-        """All averages under flat names."""
+        """All averages under flat names, sharing their memory."""
         return {f"{i}.{k}": v for i, average in enumerate(self.averages) for k, v in average.items()}
-
-    def restore(self, flat: dict[str, Tensor]) -> None:
-        """Put back what ``tensors`` took."""
-        for name, v in flat.items():
-            i, key = name.split(".", 1)
-            average = self.averages[int(i)]
-            average[key].copy_(placed_like(v, average[key]))

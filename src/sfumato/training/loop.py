@@ -30,12 +30,12 @@ from sfumato.errors import BadData
 from sfumato.files import write_atomically
 from sfumato.training.ema import EMA
 from sfumato.training.objective import Losses, loss_by_level
-from sfumato.training.optimizers import build_optimizers, restore, tensors_of
+from sfumato.training.optimizers import build_optimizers, empty_state, restore, tensors_of
 from sfumato.training.progress import Progress
 from sfumato.training.recipe import OptimizerConfig, Recipe
 from sfumato.training.runlog import RunLog
-from sfumato.training.state import Checkpoint, load_newest, save_checkpoint
-from sfumato.training.world import World, full, placed_like
+from sfumato.training.state import Checkpoint, load_newest, save_checkpoint, save_shards
+from sfumato.training.world import World, full
 
 BAD_STEPS_ALLOWED = 10  # non-finite steps in a row before a run gives up
 
@@ -111,19 +111,22 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
     wrapped = world.wrap(module, recipe.parallel)
     optimizers = build_optimizers(module, recipe.optimizer, precision == "bf16")
     ema = EMA(module, recipe.ema)
-    found = world.together(lambda: load_newest(run / "checkpoints", progress.warn))
+    found = load_newest(run / "checkpoints", progress.warn, world)
     start = 0 if found is None else found.step
     if found is not None:
-        _restore(found, recipe, module, ema, optimizers)
+        _restore(found, recipe, module, ema, optimizers, world)
         progress.note(f"resuming at step {start}")
     rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
     network = torch.compile(wrapped) if recipe.compile else wrapped
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def save(done: int) -> None:
-        snapshot = _snapshot(done, recipe, module, ema, optimizers, world)
-
-        world.together(lambda: save_checkpoint(run / "checkpoints", snapshot, recipe.keep) if world.main else None)
+        tensors, folder = _state(module, ema, optimizers), run / "checkpoints"
+        if recipe.sharded:
+            save_shards(folder, _snapshot(done, recipe, tensors), recipe.keep, world)
+        else:
+            snapshot = _snapshot(done, recipe, _whole(tensors, world))
+            world.together(lambda: save_checkpoint(folder, snapshot, recipe.keep) if world.main else None)
 
     module.train()
     bad = 0
@@ -253,7 +256,7 @@ def _stop_signal() -> Iterator[list[int]]:
 
 # What may change under way: how long a run goes on, where, and how often it is watched or saved.
 FREE = {"steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads", "workers",
-        "accumulate", "compile", "device", "parallel", "tensorboard"}  # fmt: skip
+        "accumulate", "compile", "device", "parallel", "sharded", "tensorboard"}  # fmt: skip
 
 
 def _settle_recipe(task: Task, recipe: Recipe, run: Path, world: World) -> str:
@@ -305,10 +308,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise BadData(f"{path} cannot be read ({e}): use another --run folder") from None
 
 
-def _snapshot(
-    step: int, recipe: Recipe, module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer], world: World
-) -> Checkpoint:
-    """Gather a run's whole state.
+def _snapshot(step: int, recipe: Recipe, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    """Join a run's tensors with all else that it is in.
 
     Random numbers are counter-based: all that any rank draws next follows from the seed and the next place.
     """
@@ -318,7 +319,7 @@ def _snapshot(
         "cursor": {"place": step * recipe.batch},
         "rng": {"seed": recipe.seed, "counter": step * recipe.batch},
     }
-    return Checkpoint(step, _whole(_state(module, ema, optimizers), world), plain)
+    return Checkpoint(step, tensors, plain)
 
 
 def _state(module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -327,23 +328,32 @@ def _state(module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer])
     return tensors | {f"optimizer.{k}": v for k, v in tensors_of(optimizers).items()}
 
 
+@torch.no_grad()
 def _restore(
-    checkpoint: Checkpoint, recipe: Recipe, module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    module: nn.Module,
+    ema: EMA,
+    optimizers: list[torch.optim.Optimizer],
+    world: World,
 ) -> None:
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
-
-    weights, own = part("model."), module.state_dict()
+    shapes = checkpoint.shapes()
     differing = _differing(checkpoint.plain["recipe"], recipe) if "recipe" in checkpoint.plain else []
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
+    state = _state(module, ema, [])
+    if {k: v for k, v in shapes.items() if not k.startswith("optimizer.")} != _shapes(state, checkpoint):
         differing.append("the weights' shapes")
     if differing:
         raise BadData(
             f"the checkpoint of step {checkpoint.step} is another recipe's (differs in {', '.join(differing)}): "
             "use another --run folder"
         )
-    with torch.no_grad():
-        for k, v in own.items():
-            v.copy_(placed_like(weights[k], v))
-    ema.restore(part("ema."))
-    restore(optimizers, part("optimizer."))
+    names = [k.removeprefix("optimizer.") for k in shapes if k.startswith("optimizer.")]
+    moments = empty_state(optimizers, names)
+    checkpoint.fill(state | {f"optimizer.{k}": v for k, v in moments.items()}, world)
+    restore(optimizers, moments)
+
+
+def _shapes(tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, torch.Size]:
+    """Return the shapes that a checkpoint of its kind would have of these tensors."""
+    least = torch.Size([1]) if checkpoint.shards else torch.Size()
+    return {k: v.shape or least for k, v in tensors.items()}

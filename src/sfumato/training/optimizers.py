@@ -102,6 +102,16 @@ def tensors_of(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     return flat
 
 
+def empty_state(optimizers: list[torch.optim.Optimizer], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return zeros, laid out as each parameter is, for the names that ``tensors_of`` gave."""
+    parameters = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
+    state: dict[str, Tensor] = {}
+    for name in names:
+        k, i, key = name.split(".", 2)
+        state[name] = torch.zeros(()) if key == "step" else torch.zeros_like(parameters[int(k)][int(i)].detach())
+    return state
+
+
 def restore(optimizers: list[torch.optim.Optimizer], flat: dict[str, Tensor]) -> None:
     """Put back what ``tensors_of`` took."""
     states: list[dict[int, dict[str, Any]]] = [{} for _ in optimizers]

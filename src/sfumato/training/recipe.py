@@ -139,6 +139,8 @@ class Recipe:
         compile: whether to compile the network's forward and backward passes.
         workers: threads that prepare batches ahead.
         keep: how many checkpoints stay.
+        sharded: whether each rank writes what it holds of a checkpoint, for a state that no rank could hold whole
+            (torch.distributed.checkpoint, in safetensors); either kind is taken up by any number of ranks.
     """
 
     name: str = "model"
@@ -163,6 +165,7 @@ class Recipe:
     workers: int = 0
     checkpoint_every: int = 500
     keep: int = 2
+    sharded: bool = False
     log_every: int = 20
     grid_every: int = 0
     grid_prompts: tuple[str, ...] = ()

@@ -134,6 +134,8 @@ def local(v: Tensor) -> Tensor:
 
 def placed_like(v: Tensor, like: Tensor) -> Tensor:
     """Lay a whole tensor out as another of its shape is: its shard, or its memory format."""
+    if isinstance(v, DTensor):
+        return v
     if isinstance(like, DTensor):
         return distribute_tensor(v.to(like.device), like.device_mesh, like.placements)
     return torch.empty_like(like).copy_(v)
