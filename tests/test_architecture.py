@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "families": {"diffusion", "networks", "text", "checkpoints"},
     "pipeline": {"families", "networks", "diffusion"},
     "inside": {"pipeline", "families", "networks", "text", "diffusion"},
-    "training": {"diffusion", "networks", "text", "checkpoints", "families", "data"},
+    "training": {"diffusion", "networks", "text", "checkpoints", "families", "data", "evaluation", "pipeline"},
     "evaluation": {"pipeline", "families", "checkpoints", "data"},
     "server": {"inside", "pipeline", "families", "diffusion"},
     "cli": {"pipeline", "training", "evaluation", "server", "families", "checkpoints", "diffusion", "data"},

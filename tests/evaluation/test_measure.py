@@ -15,7 +15,7 @@ from sfumato.evaluation import measure
 from sfumato.evaluation.cache import Cache
 from sfumato.evaluation.extractors import inception, lite0, lpips_distances, resize
 from sfumato.evaluation.generate import base_request, fit_size, generate
-from sfumato.evaluation.measure import Made, Yardstick, evaluate, evaluate_quick, prepare
+from sfumato.evaluation.measure import Made, Yardstick, evaluate, prepare
 from sfumato.evaluation.report import Figure
 from sfumato.evaluation.truth import Truth, draw
 from sfumato.families.model import Model
@@ -188,11 +188,12 @@ def test_an_interrupted_run_goes_on(tiny: Model, tmp_path: Path) -> None:
     assert not torch.equal(generate(pipe, other, captions, cache), whole)
 
 
-def test_quick(truth: Truth, tiny: Model, cache: Cache) -> None:
+def test_nothing_of_the_models_is_kept_if_so_asked(truth: Truth, tiny: Model, cache: Cache) -> None:
     before = len(list((cache.folder or Path()).rglob("*")))
     yardstick = prepare(truth, ("kid", "judge"), cache)
-    figures = evaluate_quick(tiny, yardstick, steps=1)
-    assert set(figures) == {"KID test", "KID seen", "R@1 seen", "R@1 test", "R@5 seen", "R@5 test"}
+    report = evaluate(Pipeline(tiny), yardstick, "drawings", keep=False, steps=1)
+    found = {f"{f.metric} {f.split}" for f in report.figures if not f.style}
+    assert found == {"KID test", "KID seen", "R@1 seen", "R@1 test", "R@5 seen", "R@5 test"}
     assert len(list((cache.folder or Path()).rglob("*"))) <= before + 8  # references, and nothing of the model's
 
 

@@ -7,7 +7,7 @@ extractors.py  pictures → features, by packaged networks
 judge.py       caption retrieval by a small CLIP trained on real pictures only
 truth.py       real pictures: which captions are drawn, what they are compared with
 generate.py    a model's pictures for captions, resumable
-measure.py     the figures of a set of pictures; ``evaluate``, ``evaluate_quick``
+measure.py     the figures of a set of pictures; ``evaluate``
 report.py      a figure with all that decided it; table, JSON
 cli.py         ``sfumato evaluate``
 """

@@ -43,7 +43,7 @@ def generate(
 ) -> Tensor:
     """Return one picture per caption, uint8 (N, 3, H, W); picture i is that of the request with seed + i.
 
-    ``on_pictures`` is told how many more there are.
+    ``on_pictures`` is told how many more there are, 0 at every step between; what it raises ends it all.
     """
     assert request.seed is not None
     shared = {k: v for k, v in request.to_dict().items() if k not in ("prompt", "seed")}
@@ -53,13 +53,21 @@ def generate(
         requests = [replace(request, prompt=w, seed=request.seed + first + i, n=1) for i, w in enumerate(words)]
         # Batch and threads change pictures by rounding alone.
         key = content_hash(pipe.model.hash, shared, words, requests[0].seed)
-        parts.append(cache.get_or_make("pictures", key, lambda of=requests: {"pictures": _make(pipe, of)})["pictures"])
+        parts.append(
+            cache.get_or_make("pictures", key, lambda of=requests: {"pictures": _make(pipe, of, on_pictures)})[
+                "pictures"
+            ]
+        )
         on_pictures(len(words))
     return torch.cat(parts)
 
 
-def _make(pipe: Pipeline, requests: Sequence[Request]) -> Tensor:
-    pictures = [event for r in requests for event in pipe.run(r) if isinstance(event, Picture)]
+def _make(pipe: Pipeline, requests: Sequence[Request], on_pictures: Callable[[int], None]) -> Tensor:
+    pictures: list[Picture] = []
+    for event in (event for r in requests for event in pipe.run(r)):
+        on_pictures(0)
+        if isinstance(event, Picture):
+            pictures.append(event)
     return torch.from_numpy(np.stack([p.pixels for p in pictures])).permute(0, 3, 1, 2).contiguous()
 
 

@@ -4,7 +4,7 @@
     yardstick = prepare(truth, metrics, cache)           all that is known before a model is: references, judge
     figures = yardstick.measure(pictures by split)       a model's figures, each beside the real pictures'
 
-A training run prepares one yardstick of few captions, and calls ``evaluate_quick`` with the averaged weights.
+A training run prepares one yardstick of few captions, and evaluates its averaged weights with ``keep=False``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from sfumato.evaluation.generate import base_request, fit_size, generate
 from sfumato.evaluation.judge import Judge, embed_names, recall_at, retrieval_ranks, train_judge
 from sfumato.evaluation.report import Figure, Report
 from sfumato.evaluation.truth import ALL, SEEN, Truth
-from sfumato.families.model import Model
 from sfumato.pipeline.pipeline import Pipeline
 
 METRICS = ("fd", "kid", "pr", "lpips", "judge", "nearest", "fid")
@@ -416,12 +415,24 @@ def evaluate(
     yardstick: Yardstick,
     data: str,
     on_pictures: Callable[[int], None] = lambda _: None,
+    *,
+    keep: bool = True,
     **settings: Any,
 ) -> Report:
-    """Return a report on a model, or on real pictures if it is None."""
+    """Return a report on a model, or on real pictures if it is None.
+
+    Args:
+        pipe: what makes the pictures.
+        yardstick: from ``prepare``.
+        data: the data's name, for the report.
+        on_pictures: is told how many more pictures there are; it may raise to end it all.
+        keep: whether pictures and their features go into the cache.
+        settings: those of ``base_request``: seed, steps, sampler, guidance.
+    """
     made, used, model = None, {}, None
     if pipe is not None:
-        made, used = make_pictures(pipe, yardstick.truth, yardstick.cache, on_pictures, **settings)
+        cache = yardstick.cache if keep else Cache(None)
+        made, used = make_pictures(pipe, yardstick.truth, cache, on_pictures, **settings)
         model = pipe.model
     from importlib.metadata import version
 
@@ -432,17 +443,7 @@ def evaluate(
         yardstick.truth.hash,
         yardstick.truth.images.shape[-1],
         used,
-        yardstick.measure(made),
+        yardstick.measure(made, keep=keep),
         yardstick.skipped,
         {"sfumato": version("sfumato"), "torch": torch.__version__, "threads": torch.get_num_threads()},
     )
-
-
-def evaluate_quick(model: Model, yardstick: Yardstick, **settings: Any) -> dict[str, float]:
-    """Return a model's figures as ``{"KID test_combo": 0.012, "R@1 test_combo": 0.31, …}``, keeping nothing on disk.
-
-    Made for a training run, which takes it as a callable and need not know this room: prepare a yardstick of few
-    captions once (``load_truth(…, n=64)``, metrics ``kid`` and ``judge``), then call this with the averaged weights.
-    """
-    made, _ = make_pictures(Pipeline(model), yardstick.truth, Cache(None), **settings)
-    return {f"{f.metric} {f.split}": f.value for f in yardstick.measure(made, keep=False) if not f.style}

@@ -91,6 +91,19 @@ class Truth:
             left, wanted = [i for i in left if i not in taken], unmet
         return tuple(found)
 
+    def lean(self, n: int) -> Truth:
+        """Keep what is drawn and n of ``others``: enough to compare sets, not to train a judge or find copies."""
+        others = [self.others[i] for i in np.sort(generator(3).permutation(len(self.others))[:n])]
+        kept = sorted({i for of in self.drawn.values() for i in of} | set(others))
+        place = {i: k for k, i in enumerate(kept)}
+        return Truth(
+            self.images[kept],
+            [self.rows[i] for i in kept],
+            {split: tuple(place[i] for i in of) for split, of in self.drawn.items()},
+            tuple(place[i] for i in self.train if i in place),
+            tuple(place[i] for i in others),
+        )
+
     def _kind(self, i: int, columns: Sequence[str]) -> tuple[str, ...]:
         return tuple(str(self.rows[i].get(c) or "") for c in columns)
 
@@ -101,6 +114,8 @@ def load_truth(
     n: int | None = None,
     root: Path = Path(),
     on_report: Callable[[Report], None] = lambda _: None,
+    *,
+    choosing: bool = False,
 ) -> Truth:
     """Read real pictures at size × size and draw captions, the same ones for the same data and n.
 
@@ -111,6 +126,8 @@ def load_truth(
             these has, or half of data without splits (at most 1,000).
         root: where a relative path starts.
         on_report: is told what was found and what is bad.
+        choosing: whether something will be chosen by the figures, as a run's end is: then test splits are left alone
+            where there are validation splits (names that begin with ``val`` or ``dev``).
 
     Raises:
         BadData: for data that cannot be used.
@@ -123,7 +140,12 @@ def load_truth(
     config = replace(config, captions="plain", dropout=0.0, flip=False, lazy=False, crop="center")
     pictures = load_pictures(config, size, root, on_report=on_report)
     images = pictures.images if isinstance(pictures.images, Tensor) else torch.stack(list(pictures.images))  # type: ignore[call-overload]
-    return draw(images, pictures.rows, n)
+    rows = pictures.rows
+    splits = {str(row.get("split") or "") for row in rows}
+    if choosing and any(split.startswith(("val", "dev")) for split in splits):
+        kept = [i for i, row in enumerate(rows) if not str(row.get("split") or "").startswith("test")]
+        images, rows = images[kept], [rows[i] for i in kept]
+    return draw(images, rows, n)
 
 
 def draw(images: Tensor, rows: Sequence[Row], n: int | None = None) -> Truth:

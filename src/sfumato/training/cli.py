@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sfumato.training.loop import Watch
+    from sfumato.training.progress import Progress
     from sfumato.training.recipe import Recipe
     from sfumato.training.world import World
 
@@ -67,4 +69,13 @@ def _train(recipe: Recipe, root: Path, run: Path, world: World) -> Path:
     task = build_task(recipe, root, run, world, progress)
     parameters = sum(p.numel() for p in task.module.parameters())
     progress.note(f"{parameters / 1e6:.2f} million parameters; run in {run}")
-    return train(task, recipe, run, progress, world)
+    watch = world.together(lambda: _watch(recipe, root, progress) if world.main else None)
+    return train(task, recipe, run, progress, world, watch)
+
+
+def _watch(recipe: Recipe, root: Path, progress: Progress) -> Watch | None:
+    if not recipe.evaluate_every:
+        return None
+    from sfumato.training.watch import build_watch
+
+    return build_watch(recipe, root, progress.note)

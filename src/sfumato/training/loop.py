@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from sfumato.training.objective import Losses, loss_by_level
 from sfumato.training.optimizers import build_optimizers, empty_state, restore, tensors_of
 from sfumato.training.progress import Progress
 from sfumato.training.recipe import OptimizerConfig, Recipe
-from sfumato.training.runlog import RunLog
+from sfumato.training.runlog import RunLog, spoken
 from sfumato.training.state import Checkpoint, load_newest, save_checkpoint, save_shards
 from sfumato.training.world import World, full
 
@@ -69,6 +69,10 @@ class Task(Protocol):
         ...
 
 
+# From a function that writes the averaged weights, a folder for it, and whether to stop, to figures; None if stopped.
+Watch = Callable[[Callable[[Path], None], Path, Callable[[], bool]], dict[str, Any] | None]
+
+
 class Stopped(SystemExit):
     """A run that a signal ended after saving its state; its code is the shell's, 128 + the signal's number."""
 
@@ -97,9 +101,17 @@ def bf16_pays(device: torch.device, n: int = 1024) -> bool:
     return seconds(torch.bfloat16) * 1.5 < seconds(torch.float32)
 
 
-def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: World = World()) -> Path:  # noqa: B008
-    """Run or resume a training run in a folder, and return the path of its final weights.
+def train(
+    task: Task,
+    recipe: Recipe,
+    run: Path,
+    progress: Progress,
+    world: World = World(),  # noqa: B008
+    watch: Watch | None = None,
+) -> Path:
+    """Train or resume a training run in a folder, and return the path of its final weights.
 
+    ``watch`` measures the averaged weights every ``recipe.evaluate_every`` steps; the main rank alone needs one.
     Raises BadData when the folder holds a run of another recipe, or after too many non-finite steps in a row;
     Stopped when SIGTERM or SIGINT ended it, its state saved.
     """
@@ -128,11 +140,42 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
             snapshot = _snapshot(done, recipe, _whole(tensors, world))
             world.together(lambda: save_checkpoint(folder, snapshot, recipe.keep) if world.main else None)
 
+    def due(every: int, done: int) -> bool:
+        return every > 0 and done > 0 and (done % every == 0 or done == recipe.steps)
+
+    def look(done: int) -> bool:
+        """Draw and measure what is due after a step and not there yet; tell whether a signal came meanwhile."""
+        grid = run / f"grid-{done:08d}.png"
+        wants_grid = due(recipe.grid_every, done) and not grid.exists()
+        wants_figures = due(recipe.evaluate_every, done) and watch is not None and done not in log.evaluated
+        if not world.any(world.main and (wants_grid or wants_figures)):
+            return False
+        weights = _whole(ema.averages[0], world)
+
+        def draw_and_measure() -> None:
+            if world.main and wants_grid:
+                task.grid(weights, grid)
+            if world.main and wants_figures and watch is not None:
+                found = watch(lambda path: task.export(weights, path), run, lambda: bool(stop))
+                if found is not None:
+                    log.write_evaluation(done, found)
+                    progress.note(f"step {done}: {spoken(found)}")
+
+        with progress.aside():
+            world.together(draw_and_measure)
+        return world.any(bool(stop))
+
+    def end(done: int) -> NoReturn:
+        progress.note(f"stopped after step {done}; the same command goes on from there")
+        raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
+
     module.train()
     bad = 0
-    log = RunLog(run, start, recipe.tensorboard) if world.main else None
     batches = _batches(task, recipe, world, start)
-    with progress.running(recipe.steps, start), _stop_signal() as stop, log or nullcontext():
+    log = RunLog(run, start, recipe.tensorboard, quiet=not world.main)
+    with progress.running(recipe.steps, start), _stop_signal() as stop, log:
+        if look(start):
+            end(start)
         for step in range(start, recipe.steps):
             share = learning_rate(recipe.optimizer, step, recipe.steps)
             for optimizer, own in zip(optimizers, rates, strict=True):
@@ -168,19 +211,18 @@ def train(task: Task, recipe: Recipe, run: Path, progress: Progress, world: Worl
             assert losses is not None
             levels = loss_by_level(losses)
             progress.step(done, value, levels, recipe.batch)
-            if log and done % recipe.log_every == 0:
+            if done % recipe.log_every == 0:
                 log.write(done, {"loss": value, "norm": norm, "by_level": levels, "rate_share": share,
                                  "pictures_per_second": progress.rate, "memory_mb": progress.memory})  # fmt: skip
             stopping = world.any(bool(stop))
-            if done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping:
+            saving = done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping
+            if saving:
                 save(done)
+            stopping = stopping or look(done)
             if stopping and done < recipe.steps:
-                progress.note(f"stopped after step {done}; the same command goes on from there")
-                raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
-            if recipe.grid_every and (done % recipe.grid_every == 0 or done == recipe.steps):
-                weights = _whole(ema.averages[0], world)
-                if world.main:
-                    task.grid(weights, run / f"grid-{done:08d}.png")
+                if not saving:
+                    save(done)
+                end(done)
     for i, decay in enumerate(recipe.ema):
         weights = _whole(ema.averages[i], world)
         if world.main:
@@ -255,7 +297,8 @@ def _stop_signal() -> Iterator[list[int]]:
 
 
 # What may change under way: how long a run goes on, where, and how often it is watched or saved.
-FREE = {"steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "card", "threads", "workers",
+FREE = {"steps", "checkpoint_every", "keep", "log_every", "grid_every", "grid_prompts", "evaluate_every", "evaluate_n",
+        "evaluate_metrics", "evaluate_steps", "evaluate_guidance", "card", "threads", "workers",
         "accumulate", "compile", "device", "parallel", "sharded", "tensorboard"}  # fmt: skip
 
 

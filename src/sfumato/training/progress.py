@@ -69,6 +69,15 @@ class Progress:
             left = (self._steps - done) * pictures / self.rate
             print(f"step {done}/{self._steps} · {text} · {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave what is done meanwhile out of the pictures per second."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last += time.perf_counter() - started
+
     def warn(self, text: str) -> None:
         """Say something that the user should know of."""
         self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)

@@ -139,6 +139,10 @@ class Recipe:
         compile: whether to compile the network's forward and backward passes.
         workers: threads that prepare batches ahead.
         keep: how many checkpoints stay.
+        evaluate_every: steps between two evaluations of the averaged weights on held-out pictures, 0: none. Validation
+            splits are used where there are any, test splits only where there are none; ``evaluate_n`` captions of
+            each, ``evaluate_metrics`` as in ``sfumato evaluate``, ``evaluate_steps`` of the sampler (0: the model's
+            default) and ``evaluate_guidance`` (null: the model's default). The figures go to ``log.jsonl``.
         sharded: whether each rank writes what it holds of a checkpoint, for a state that no rank could hold whole
             (torch.distributed.checkpoint, in safetensors); either kind is taken up by any number of ranks.
     """
@@ -169,6 +173,11 @@ class Recipe:
     log_every: int = 20
     grid_every: int = 0
     grid_prompts: tuple[str, ...] = ()
+    evaluate_every: int = 0
+    evaluate_n: int = 64
+    evaluate_metrics: tuple[str, ...] = ("kid",)
+    evaluate_steps: int = 0
+    evaluate_guidance: float | None = None
     tensorboard: bool = False
     card: Mapping[str, str] = field(default_factory=dict)
 
@@ -176,7 +185,7 @@ class Recipe:
         for name in ("batch", "steps", "accumulate", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise BadData(f"recipe: {name} must be at least 1, not {getattr(self, name)}")
-        for name in ("workers", "threads", "grid_every", "seed"):
+        for name in ("workers", "threads", "grid_every", "evaluate_every", "evaluate_steps", "seed"):
             if getattr(self, name) < 0:
                 raise BadData(f"recipe: {name} must not be negative, not {getattr(self, name)}")
         if not self.ema or not all(0 <= decay < 1 for decay in self.ema):
