@@ -68,26 +68,32 @@ def decode_and_tell(data: bytes, background: str = "white") -> tuple[Image.Image
         raise PictureError(f"damaged or cut off ({text[:100]})") from None
 
 
-def fit(image: Image.Image, size: int, crop: str, background: str = "white") -> Image.Image:
-    """Bring an RGB picture to ``size`` × ``size``; with crop ``random`` only its shorter side, to be cut later."""
+def fit(image: Image.Image, size: int | tuple[int, int], crop: str, background: str = "white") -> Image.Image:
+    """Bring an RGB picture to ``size``, the side of a square or (height, width).
+
+    With crop ``random`` it only comes to cover that, and is cut later.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
     w, h = image.size
     if max(w, h) > MAX_ASPECT * min(w, h):
         raise PictureError(f"{w}×{h} is too long and narrow")
-    if (w, h) == (size, size):
+    if (w, h) == (width, height):
         return image
     lanczos = Image.Resampling.LANCZOS
     if crop == "pad":
-        scale = min(1.0, size / max(w, h))
+        scale = min(1.0, width / w, height / h)
         if scale < 1:
             image = image.resize((max(1, round(w * scale)), max(1, round(h * scale))), lanczos)
-        canvas = Image.new("RGB", (size, size), ImageColor.getrgb(background))
-        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        canvas = Image.new("RGB", (width, height), ImageColor.getrgb(background))
+        canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
         return canvas
-    short = min(w, h)
-    if crop == "random" and w != h:
-        return image.resize((round(w * size / short), round(h * size / short)), lanczos)
-    left, top = (w - short) // 2, (h - short) // 2
-    return image.crop((left, top, left + short, top + short)).resize((size, size), lanczos)
+    wide = w * height > h * width
+    if crop == "random" and w * height != h * width:
+        cover = (max(width, round(w * height / h)), height) if wide else (width, max(height, round(h * width / w)))
+        return image.resize(cover, lanczos)
+    part_w, part_h = (max(1, round(h * width / height)), h) if wide else (w, max(1, round(w * height / width)))
+    left, top = (w - part_w) // 2, (h - part_h) // 2
+    return image.crop((left, top, left + part_w, top + part_h)).resize((width, height), lanczos)
 
 
 def to_array(image: Image.Image, channels: int = 3) -> np.ndarray:

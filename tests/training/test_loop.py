@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ENV, command, few, figures, run, states
+from runs import ENV, command, few, figures, recipe, run, states
 
 from faults import spoil, write_pictures
 from sfumato.cli import main
+from sfumato.data.pictures import load_pictures
 from sfumato.errors import BadData
 from sfumato.training.denoiser import DenoiserTask
 from sfumato.training.loop import Stopped
@@ -65,6 +66,28 @@ def test_a_run_crashed_after_any_step_ends_in_the_same_bytes(
     last = json.loads((tmp_path / f"whole/checkpoints/step-{steps:08d}.json").read_text())
     assert last["cursor"] == {"place": 6 * steps}
     assert last["rng"] == {"seed": 0, "counter": 6 * steps}
+
+
+def test_a_run_in_buckets_crashed_in_the_middle_of_an_epoch_ends_in_the_same_bytes(tmp_path: Path):
+    data = tmp_path / "data"
+    for name, size in (("square", (16, 16)), ("wide", (30, 16)), ("tall", (16, 30))):
+        write_pictures(data / name, 11, size)
+    config = replace(recipe().data, path=str(data), captions="plain", max_aspect=2.0)
+    pictures = load_pictures(config, 8, tmp_path, multiple=2, step_size=6)
+    shapes: list[tuple[int, ...]] = []
+
+    class Noting(DenoiserTask):
+        def losses(self, module, batch):
+            shapes.append(tuple(batch.x0.shape[-2:]))
+            return super().losses(module, batch)
+
+    whole = run(pictures, tmp_path / "whole", "workers=2", task=Noting)
+    assert set(shapes) == {(8, 8), (6, 10), (10, 6)}
+    for at in (4, 7):
+        folder = tmp_path / f"crash-{at}"
+        with pytest.raises(MemoryError):
+            run(pictures, folder, task=type("At", (Interrupting,), {"at": at}))
+        assert run(pictures, folder) == whole
 
 
 def test_accumulation_and_workers_change_nothing_but_rounding(pictures, tmp_path: Path):

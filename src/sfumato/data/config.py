@@ -29,6 +29,8 @@ class DataConfig:
         flip: whether pictures may be mirrored.
         crop: how a picture becomes square: ``center``, ``random`` (another window at every visit), or ``pad``
             (shrunk if too large, never enlarged, and framed with ``background``).
+        max_aspect: longest side by shortest up to which pictures keep about their own shape, in buckets of at most
+            size² pixels (every step has one shape); 1: all are square.
         background: colour behind transparent and padded pictures, as a name or ``#rrggbb``.
         bad_limit: share of bad pictures above which data are refused; below it they are listed and left out.
         memory: gigabytes that the decoded pictures may take.
@@ -43,6 +45,7 @@ class DataConfig:
     dropout: float = 0.1
     flip: bool = False
     crop: str = "center"
+    max_aspect: float = 1.0
     background: str = "white"
     bad_limit: float = 0.2
     memory: float = 4.0
@@ -61,6 +64,8 @@ class DataConfig:
         for name in ("dropout", "bad_limit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadData(f"data.{name} must lie in [0, 1], not {getattr(self, name)}")
+        if not 1 <= self.max_aspect <= 4:
+            raise BadData(f"data.max_aspect must lie in [1, 4], not {self.max_aspect}")
         if not self.memory > 0:
             raise BadData(f"data.memory must be positive, not {self.memory}")
         for column, table in self.weights.items():

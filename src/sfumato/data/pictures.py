@@ -12,13 +12,16 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from sfumato.data.buckets import Buckets, Shape, join_small, nearest_shape, rng, shapes_within
 from sfumato.data.captions import TEXT_COLUMNS, caption_problem, check_columns, write_caption
 from sfumato.data.config import DataConfig
 from sfumato.data.report import Bad, Report
@@ -48,7 +51,8 @@ class Batch:
 class Pictures:
     """All pictures of a data set at training size: uint8 (N, C, H, W), rows of columns, draw weights (N,).
 
-    Under random crops pictures are longer than wide, or wider than long, until they are drawn.
+    Under random crops pictures are longer or wider than they should be until they are drawn. Under buckets ``shapes``
+    holds every picture's height and width, and a batch is ``step_size`` pictures of one shape.
     """
 
     images: Images
@@ -56,7 +60,9 @@ class Pictures:
     weights: np.ndarray
     config: DataConfig
     report: Report | None = None
-    _orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    shapes: Sequence[Shape] | None = None
+    step_size: int = 1
+    _orders: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,22 +71,46 @@ class Pictures:
         """Write the words for one picture."""
         return write_caption(self.rows[index], self.config.captions, self.config.dropout, rng)
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the indices of one epoch: a permutation in which weights set how often each is drawn.
+    def order(self, seed: int, epoch: int, bucket: int = 0) -> np.ndarray:
+        """Return the indices of one epoch of a bucket: a permutation in which weights set how often each is drawn.
 
         Systematic sampling keeps every epoch at round(Σ weights) pictures, each drawn ⌊w⌋ or ⌈w⌉ times.
         """
-        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-        edges = np.cumsum(self.weights)
-        count = self.epoch_length
-        points = (np.arange(count) + rng.random()) * edges[-1] / count
-        chosen = np.searchsorted(edges, points, side="right").clip(max=len(self) - 1)
-        return rng.permutation(chosen)
+        members = self._members[bucket]
+        draw = rng(seed, epoch, stream=2 * bucket)
+        edges = np.cumsum(self.weights[members])
+        count = _epoch_length(self.weights[members])
+        points = (np.arange(count) + draw.random()) * edges[-1] / count
+        chosen = np.searchsorted(edges, points, side="right").clip(max=len(members) - 1)
+        return draw.permutation(members[chosen])
 
     @property
     def epoch_length(self) -> int:
-        """Pictures in one epoch."""
-        return max(1, round(float(self.weights.sum())))
+        """Pictures in one epoch, over all buckets."""
+        return sum(_epoch_length(self.weights[members]) for members in self._members)
+
+    @cached_property
+    def _members(self) -> list[np.ndarray]:
+        """The pictures of each bucket; one that draws nothing is none."""
+        if self.shapes is None:
+            return [np.arange(len(self))]
+        kinds = sorted(set(self.shapes))
+        place = {shape: i for i, shape in enumerate(kinds)}
+        of = np.array([place[shape] for shape in self.shapes])
+        members = [np.flatnonzero(of == i) for i in range(len(kinds))]
+        return [m for m in members if self.weights[m].sum() > 0]
+
+    @cached_property
+    def _buckets(self) -> Buckets | None:
+        if len(self._members) == 1:
+            return None
+        return Buckets(tuple(_epoch_length(self.weights[m]) for m in self._members), self.step_size)
+
+    def index(self, seed: int, place: int) -> int:
+        """Return which picture stands at a place of the endless order."""
+        bucket, own = (0, place) if self._buckets is None else self._buckets.locate(seed, place)
+        epoch, within = divmod(own, _epoch_length(self.weights[self._members[bucket]]))
+        return int(self._order(seed, epoch, bucket)[within])
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """Return the pictures and captions of one training step."""
@@ -90,19 +120,18 @@ class Pictures:
         """Return what stands at some places of the endless order; ranks of one step take a slice of its range each."""
         images: list[Tensor] = []
         captions: list[str] = []
-        for index, rng in self.drawn(seed, places):
-            captions.append(self.caption(index, rng))
+        for index, own in self.drawn(seed, places):
+            captions.append(self.caption(index, own))
             image = self.images[index]
-            if self.config.flip and rng.random() < 0.5:
+            if self.config.flip and own.random() < 0.5:
                 image = image.flip(-1)
-            images.append(_window(image, rng))
+            images.append(_window(image, own, None if self.shapes is None else self.shapes[index]))
         return Batch(torch.stack(images).float() / 127.5 - 1, captions)
 
     def drawn(self, seed: int, places: Iterable[int]) -> Iterable[tuple[int, random.Random]]:
         """Yield the index of the picture at each place, and the random numbers that go with the visit."""
         for place in places:
-            epoch, within = divmod(place, self.epoch_length)
-            yield int(self._order(seed, epoch)[within]), random.Random(f"{seed}/{place}")
+            yield self.index(seed, place), random.Random(f"{seed}/{place}")
 
     def fingerprint(self) -> str:
         """SHA-256 of all pictures, columns and weights, to tell whether data have changed since a run began.
@@ -116,23 +145,29 @@ class Pictures:
                 digest.update(self.images[i].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
+    def _order(self, seed: int, epoch: int, bucket: int) -> np.ndarray:
         known = self._orders
-        if (seed, epoch) not in known:  # a new dict each time, as threads may read the old one
-            known = dict([*known.items()][-1:]) | {(seed, epoch): self.order(seed, epoch)}
+        if (seed, epoch, bucket) not in known:  # a new dict each time, as threads may read the old one
+            last = [*known.items()][-2 * len(self._members) + 1 :]
+            known = dict(last) | {(seed, epoch, bucket): self.order(seed, epoch, bucket)}
             object.__setattr__(self, "_orders", known)
-        return known[seed, epoch]
+        return known[seed, epoch, bucket]
+
+
+def _epoch_length(weights: np.ndarray) -> int:
+    return max(1, round(float(weights.sum())))
 
 
 class LazyImages:
     """Pictures that are decoded when they are drawn."""
 
-    def __init__(self, records: Sequence[Record], config: DataConfig, size: int, channels: int):
-        self.records, self.config, self.size, self.channels = records, config, size, channels
+    def __init__(self, records: Sequence[Record], config: DataConfig, shapes: Sequence[Shape], channels: int):
+        self.records, self.config, self.shapes, self.channels = records, config, shapes, channels
 
     def __getitem__(self, index: int) -> Tensor:
         try:
-            return torch.from_numpy(_load(self.records[index], self.config, self.size, self.channels))
+            image = _decoded(self.records[index], self.config)
+            return _fitted(image, self.shapes[index], self.config, self.channels)
         except PictureError as e:
             name = printable(self.records[index].name)
             raise BadData(f"{name} was whole when the run began, and is not any more: {e}") from None
@@ -144,9 +179,20 @@ def load_pictures(
     root: Path,
     *,
     channels: int = 3,
+    multiple: int = 1,
+    step_size: int = 1,
     on_report: Callable[[Report], None] = lambda _: None,
 ) -> Pictures:
-    """Read a data set's pictures at a square size.
+    """Read a data set's pictures at a square size, or in shapes of at most as many pixels.
+
+    Args:
+        config: which pictures, and how.
+        size: side of the square in pixels.
+        root: where a relative path starts.
+        channels: 3, or 1 for grey.
+        multiple: under ``max_aspect``, what every side must be a multiple of.
+        step_size: under ``max_aspect``, pictures of a step, which have one shape.
+        on_report: is told what was found and what is bad.
 
     Bad pictures and captions are listed in a report, which is handed to ``on_report`` before any of it is refused.
     Raises BadData where nothing usable is left or too much is bad; NoResources if the pictures do not fit in memory.
@@ -162,13 +208,17 @@ def load_pictures(
     bad: list[Bad] = []
     good: list[Record] = []
     images: list[Tensor] = []
-    whole = torch.empty((0 if config.lazy or config.crop == "random" else len(records), channels, size, size),
-                        dtype=torch.uint8)  # fmt: skip
+    kinds = shapes_within(size, multiple, config.max_aspect) if config.max_aspect > 1 else [(size, size)]
+    kind_of: list[int] = []
+    one_size = len(kinds) == 1 and config.crop != "random"
+    whole = torch.empty((len(records) if one_size and not config.lazy else 0, channels, size, size), dtype=torch.uint8)
     for record in watched(records):
         try:
             if reason := problem(record, config.captions):
                 raise PictureError(reason)
-            image = torch.from_numpy(_load(record, config, size, channels))
+            decoded = _decoded(record, config)
+            kind = nearest_shape(kinds, decoded.height, decoded.width)
+            image = _fitted(decoded, kinds[kind], config, channels)
         except PictureError as e:
             bad.append(Bad(record.name, str(e)))
             continue
@@ -177,6 +227,7 @@ def load_pictures(
         elif not config.lazy:
             images.append(image)
         good.append(record)
+        kind_of.append(kind)
     report = Report(path, len(records), tuple(bad), len(source.records) - len(records))
     on_report(report)
     report.require(config.bad_limit)
@@ -185,8 +236,15 @@ def load_pictures(
     weights = np.array([_weight(row, config) for row in rows], dtype=np.float64)
     if not weights.sum() > 0:
         raise BadData(f"{printable(str(path))}: data.weights leave nothing to draw")
-    found: Images = LazyImages(good, config, size, channels) if config.lazy else images or whole[: len(good)]
-    return Pictures(found, rows, weights, config, report)
+    joined = join_small(kind_of, kinds, step_size)
+    shapes = [kinds[kind] for kind in joined]
+    lazy = LazyImages(good, config, shapes, channels)
+    if not config.lazy:
+        for i, (before, after) in enumerate(zip(kind_of, joined, strict=True)):
+            if before != after:
+                images[i] = lazy[i]
+    found: Images = lazy if config.lazy else images or whole[: len(good)]
+    return Pictures(found, rows, weights, config, report, shapes if len(kinds) > 1 else None, step_size)
 
 
 def problem(record: Record, captions: str) -> str | None:
@@ -206,18 +264,22 @@ def _words_alone(row: dict[str, Any], how: str) -> dict[str, Any]:
     return {**row, "caption": row[how.removeprefix("field:")]} if how.startswith("field:") else row
 
 
-def _load(record: Record, config: DataConfig, size: int, channels: int) -> np.ndarray:
-    return to_array(fit(decode(record.read(), config.background), size, config.crop, config.background), channels)
+def _decoded(record: Record, config: DataConfig) -> Image.Image:
+    return decode(record.read(), config.background)
 
 
-def _window(image: Tensor, rng: random.Random) -> Tensor:
-    """Cut a square of the shorter side's length out of (C, H, W), anywhere."""
+def _fitted(image: Image.Image, shape: Shape, config: DataConfig, channels: int) -> Tensor:
+    return torch.from_numpy(to_array(fit(image, shape, config.crop, config.background), channels))
+
+
+def _window(image: Tensor, own: random.Random, shape: Shape | None) -> Tensor:
+    """Cut a shape out of (C, H, W), anywhere; by default a square of the shorter side's length."""
     h, w = image.shape[-2:]
-    if h == w:
+    height, width = shape or (min(h, w), min(h, w))
+    if (h, w) == (height, width):
         return image
-    side = min(h, w)
-    top, left = rng.randint(0, h - side), rng.randint(0, w - side)
-    return image[:, top : top + side, left : left + side]
+    top, left = own.randint(0, h - height), own.randint(0, w - width)
+    return image[:, top : top + height, left : left + width]
 
 
 def _check_memory(size: int, count: int, side: int, config: DataConfig) -> None:

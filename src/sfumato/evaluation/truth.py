@@ -137,7 +137,7 @@ def load_truth(
 
     if n is not None and n < MIN_PICTURES:
         raise BadRequest(f"n must be at least {MIN_PICTURES}: fewer pictures say nothing of a model")
-    config = replace(config, captions="plain", dropout=0.0, flip=False, lazy=False, crop="center")
+    config = replace(config, captions="plain", dropout=0.0, flip=False, lazy=False, crop="center", max_aspect=1.0)
     pictures = load_pictures(config, size, root, on_report=on_report)
     images = pictures.images if isinstance(pictures.images, Tensor) else torch.stack(list(pictures.images))  # type: ignore[call-overload]
     rows = pictures.rows

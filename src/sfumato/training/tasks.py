@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from sfumato.training.progress import Progress
 from sfumato.training.recipe import Recipe
 from sfumato.training.world import World
 
-Load = Callable[[int, int], Pictures]  # (side, channels) → the recipe's pictures
+# (side, channels, what sides must be multiples of, or 0: squares only) → the recipe's pictures
+Load = Callable[[int, int, int], Pictures]
 
 
 def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
@@ -22,7 +24,8 @@ def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -
 
     if recipe.latents.autoencoder:
         return _latent_denoiser(recipe, load, root, run, world)
-    return DenoiserTask(recipe, load(recipe.model.size, recipe.model.denoiser.in_channels), run, world)
+    model = recipe.model
+    return DenoiserTask(recipe, load(model.size, model.denoiser.in_channels, model.multiple), run, world)
 
 
 def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
@@ -37,7 +40,7 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
     network = load_autoencoder(path)
     if recipe.model.autoencoder != network.config:
         raise BadData(f"recipe: model.autoencoder is {recipe.model.autoencoder}, but {path} holds {network.config}")
-    pictures = load(recipe.model.size, 3)
+    pictures = load(recipe.model.size, 3, 0)
     cache = run / "cache"
     latents = encoded(pictures, network.encode, hashlib.sha256(path.read_bytes()).hexdigest(), cache)
     features = align_features(recipe, pictures, cache) if recipe.latents.align else None
@@ -50,13 +53,13 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
 def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
     from sfumato.training.autoencoder import AutoencoderTask
 
-    return AutoencoderTask(recipe, load(recipe.autoencoder.size, 3))
+    return AutoencoderTask(recipe, load(recipe.autoencoder.size, 3, 0))
 
 
 def _clip(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
     from sfumato.training.clip import ClipTask
 
-    return ClipTask(recipe, load(recipe.clip.size, 3), run / "cache")
+    return ClipTask(recipe, load(recipe.clip.size, 3, 0), run / "cache")
 
 
 TASKS: dict[str, Callable[[Recipe, Load, Path, Path, World], Task]] = {
@@ -86,8 +89,17 @@ def build_task(recipe: Recipe, root: Path, run: Path, world: World, progress: Pr
             write_atomically(listing, found.to_jsonl())
         progress.note(found.summary(listing))
 
-    def load(side: int, channels: int) -> Pictures:
-        pictures = world.together(lambda: load_pictures(recipe.data, side, root, channels=channels, on_report=report))
+    def load(side: int, channels: int, multiple: int) -> Pictures:
+        if recipe.data.max_aspect > 1 and not multiple:
+            raise BadData(f"data.max_aspect goes with denoisers of pixels alone: set it to 1 for {recipe.name}")
+        pictures = world.together(
+            lambda: load_pictures(
+                recipe.data, side, root, channels=channels, multiple=multiple, step_size=recipe.batch, on_report=report
+            )
+        )
+        if pictures.shapes is not None:
+            counts = Counter(pictures.shapes)
+            progress.note("shapes: " + ", ".join(f"{w}×{h} {n}" for (h, w), n in sorted(counts.items())))
         progress.note(f"{pictures.epoch_length} drawn per epoch")
         return pictures
 

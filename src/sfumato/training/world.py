@@ -108,7 +108,7 @@ class World:
             error = e
         if self.any(error is not None):
             code = getattr(error, "exit_code", NoResources.exit_code)
-            said = self.gather("" if error is None else f"{code} {error or type(error).__name__}")
+            said = self.gather("" if error is None else f"{code} {str(error) or type(error).__name__}")
             if error is None:
                 rank, text = next((i, t) for i, t in enumerate(said) if t)
                 number, _, reason = text.partition(" ")
