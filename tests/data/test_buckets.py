@@ -104,7 +104,7 @@ def test_pictures_keep_their_shape_and_batches_have_one(root: Path) -> None:
         indices = [pictures.index(3, place) for place in range(6 * step, 6 * step + 6)]
         assert {pictures.shapes[i] for i in indices} == {tuple(batch.x0.shape[-2:])}
         seen.update(indices)
-    assert max(seen.values()) - min(seen[i] for i in range(40)) <= 1
+    assert max(seen.values()) - min(seen[i] for i in range(40)) <= 2  # after three epochs, cut at a step
 
 
 @pytest.mark.parametrize("crop", ["center", "random", "pad"])
