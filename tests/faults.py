@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def write_pictures(root: Path, count: int, size: tuple[int, int] = (20, 20)) -> Path:
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         Image.new("RGB", size, (i, 2 * i % 256, 3 * i % 256)).save(root / f"{i:03}.png")
         (root / f"{i:03}.txt").write_text(f"picture number {i}")

@@ -48,10 +48,10 @@ class Checkpoint:
             for k, v in targets.items():
                 v.copy_(placed_like(self.tensors[k], v))
             return
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
         with _alone(world):
-            dcp.load(_vectors(targets), storage_reader=_reader(self.shards), no_dist=world.size == 1)
+            load_shards(_vectors(targets), storage_reader=_reader(self.shards), no_dist=world.size == 1)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
@@ -70,9 +70,9 @@ def save_shards(folder: Path, checkpoint: Checkpoint, keep: int, world: World) -
 
     Raises NoResources or BadRequest where it cannot be written, on every rank.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
     name = f"step-{checkpoint.step:08d}"
     target, part = folder / name, folder / f".{name}{PART}"
@@ -105,7 +105,7 @@ def save_shards(folder: Path, checkpoint: Checkpoint, keep: int, world: World) -
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
         tensors = {k: v.contiguous() for k, v in _vectors(checkpoint.tensors).items()}
         with _alone(world):
-            dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+            save_parts(tensors, storage_writer=writer, no_dist=world.size == 1)
         files = {k: v for said in world.gather(world.together(settle)) for k, v in json.loads(said).items()}
         world.together(end)
     except CheckpointException as e:
