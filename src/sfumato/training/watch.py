@@ -36,6 +36,8 @@ class Watch:
     """
 
     def __init__(self, recipe: Recipe, root: Path, note: Callable[[str], None]):
+        if recipe.task != "denoiser":
+            raise BadData(f"a denoiser's pictures can be measured, not what task: {recipe.task} makes")
         data, n = recipe.data, recipe.evaluate_n
         if data.captions not in ("plain", "template"):
             raise BadData(f"evaluate_every needs captions to draw; data.captions is {data.captions!r}")
