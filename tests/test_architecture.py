@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "pipeline": {"families", "networks", "diffusion"},
     "inside": {"pipeline", "families", "networks", "text", "diffusion"},
     "training": {"diffusion", "networks", "text", "checkpoints", "families", "data", "evaluation", "pipeline"},
-    "evaluation": {"pipeline", "families", "checkpoints", "data"},
+    "evaluation": {"pipeline", "families", "checkpoints", "data", "networks"},
     "server": {"inside", "pipeline", "families", "diffusion"},
     "cli": {"pipeline", "training", "evaluation", "server", "families", "checkpoints", "diffusion", "data"},
     "__init__": {"pipeline"},

@@ -14,8 +14,10 @@ from sfumato.errors import BadRequest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sfumato.evaluation.cache import Cache
     from sfumato.evaluation.measure import Yardstick
     from sfumato.evaluation.report import Report
+    from sfumato.evaluation.truth import Truth
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,6 +80,7 @@ def main(argv: list[str]) -> int:
     from sfumato.evaluation.generate import base_request
     from sfumato.evaluation.measure import DEFAULT, check_metrics, evaluate, prepare
     from sfumato.evaluation.truth import load_truth
+    from sfumato.families.autoencoder import is_autoencoder
     from sfumato.pipeline.pipeline import load
 
     metrics = DEFAULT if args.metrics is None else check_metrics([m.strip() for m in args.metrics.split(",")])
@@ -89,7 +92,12 @@ def main(argv: list[str]) -> int:
             raise BadRequest(f"--{name}: no folder {Path(path).absolute().parent}")
     settings: dict[str, Any] = {k: getattr(args, k) for k in ("seed", "steps", "sampler", "guidance")}
     pipe, size = None, 64
-    if not args.real:
+    autoencoder = args.model is not None and is_autoencoder(Path(args.model))
+    if autoencoder:
+        for name in ("metrics", "grid", "steps", "sampler", "guidance", "inception"):
+            if getattr(args, name) is not None:
+                raise BadRequest(f"--{name} is for models that make pictures, and {args.model} is an autoencoder")
+    elif not args.real:
         pipe = load(args.model)
         size = base_request(pipe, **settings).width or size  # settings are checked before any work
     if args.size is not None and not 8 <= args.size <= 1024:
@@ -103,6 +111,8 @@ def main(argv: list[str]) -> int:
         config, args.size or size, args.n, on_report=lambda r: console.print(f"data: {r.summary()}", markup=False)
     )
     cache = Cache(Path(args.cache).expanduser() if args.cache else default_folder())
+    if autoencoder:
+        return _evaluate_autoencoder(args, truth, cache)
     console.print("captions: " + ", ".join(f"{split} {len(rows)}" for split, rows in truth.drawn.items()), markup=False)
     yardstick = prepare(truth, metrics, cache, Path(args.inception) if args.inception else None)
     with _progress(console, sum(map(len, truth.drawn.values()))) as advance:
@@ -110,6 +120,28 @@ def main(argv: list[str]) -> int:
     wide = Console(width=None if sys.stdout.isatty() else 200)
     report.print(wide)
     _write(args, report, yardstick, pipe, settings)
+    return 0
+
+
+def _evaluate_autoencoder(args: argparse.Namespace, truth: Truth, cache: Cache) -> int:
+    import hashlib
+    import json
+
+    from rich.console import Console
+
+    from sfumato.evaluation.reconstruction import evaluate_autoencoder
+    from sfumato.families.autoencoder import load_autoencoder
+    from sfumato.files import write_atomically
+
+    path = Path(args.model)
+    network = load_autoencoder(path)
+    if truth.images.shape[-1] % network.config.factor:
+        raise BadRequest(f"--size must be a multiple of the autoencoder's factor, {network.config.factor}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    report = evaluate_autoencoder(network, truth, Path(args.data).name, path.stem, digest, cache)
+    report.print(Console(width=None if sys.stdout.isatty() else 200))
+    if args.json:
+        write_atomically(Path(args.json), (json.dumps(report.to_dict(), indent=1) + "\n").encode())
     return 0
 
 

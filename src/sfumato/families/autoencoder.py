@@ -15,6 +15,14 @@ from sfumato.networks.compact import CompactAutoencoder, CompactConfig
 FORMAT = "sfumato-autoencoder-1"  # the metadata's key
 
 
+def is_autoencoder(path: Path) -> bool:
+    """Whether a file is an autoencoder of this project's, by its content."""
+    try:
+        return path.is_file() and FORMAT in read_header(path).metadata
+    except BadCheckpoint:
+        return False
+
+
 def load_autoencoder(path: Path) -> CompactAutoencoder:
     """Load an autoencoder, in float32 and frozen; BadCheckpoint if the file is no such thing or does not fit."""
     metadata = read_header(path).metadata
