@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sfumato.errors import BadRequest
 from sfumato.evaluation.cache import Cache, content_hash
-from sfumato.pipeline.picture import Picture
+from sfumato.pipeline.lockstep import Lockstep
+from sfumato.pipeline.picture import Picture, Pixels
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
 
@@ -63,12 +64,17 @@ def generate(
 
 
 def _make(pipe: Pipeline, requests: Sequence[Request], on_pictures: Callable[[int], None]) -> Tensor:
-    pictures: list[Picture] = []
-    for event in (event for r in requests for event in pipe.run(r)):
+    together = Lockstep(pipe.model, PART)
+    places = {together.start(request): i for i, request in enumerate(requests)}
+    pixels: dict[int, Pixels] = {}
+    while len(together):
+        for run, event in together.advance():
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Picture):
+                pixels[places[run]] = event.pixels
         on_pictures(0)
-        if isinstance(event, Picture):
-            pictures.append(event)
-    return torch.from_numpy(np.stack([p.pixels for p in pictures])).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack([pixels[i] for i in range(len(requests))])).permute(0, 3, 1, 2).contiguous()
 
 
 def fit_size(images: Tensor, size: int) -> Tensor:
