@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from sfumato.checkpoints.tensors import read_header, read_tensors
 from sfumato.config import from_dict, to_dict
+from sfumato.families.autoencoder import load_preview
 from sfumato.families.native import FORMAT, NativeConfig
 from sfumato.files import write_atomically
 from sfumato.training.recipe import load_recipe
@@ -33,11 +34,13 @@ def narrow(table: torch.Tensor, widen: torch.Tensor, rank: int) -> tuple[torch.T
 
 
 def main() -> None:
+    """Read the arguments and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--token-dim", type=int, default=0)
+    parser.add_argument("--preview", type=Path, help="a decoder for previews, where the model was trained without one")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, [])
     tensors = dict(read_tensors(args.source))
@@ -48,6 +51,10 @@ def main() -> None:
         tensors |= {"text.tokens.weight": table.half().contiguous(), "text.widen.weight": widen.half().contiguous()}
         config = replace(config, text=replace(config.text, token_dim=args.token_dim))
         print(f"words: {config.text.token_dim} numbers each, {lost:.2%} of their energy lost")
+    if args.preview:
+        decoder = load_preview(args.preview)
+        tensors |= {f"preview.{k}": v.half().contiguous() for k, v in decoder.state_dict().items()}
+        config = replace(config, preview=decoder.config)
     card = {**meta["card"], "name": args.target.stem, **recipe.card}
     stored = {"config": to_dict(config), "tokenizer": meta["tokenizer"], "card": card}
     write_atomically(args.target, save(tensors, {FORMAT: json.dumps(stored)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from sfumato.config import from_dict
 from sfumato.data.config import DataConfig
 from sfumato.data.pictures import load_pictures
 from sfumato.errors import BadCheckpoint, BadData
-from sfumato.families.autoencoder import load_autoencoder
+from sfumato.families.autoencoder import load_autoencoder, load_preview
 from sfumato.pipeline.pipeline import load
 from sfumato.training.autoencoder import AutoencoderTask
 from sfumato.training.cli import main
@@ -130,6 +131,49 @@ def test_alignment_draws_states_towards_features_and_leaves_the_model_as_it_is_b
     assert losses[-1] < losses[0] - 0.1
     task.export(task.module.state_dict(), tmp_path / "model.safetensors")
     assert load(tmp_path / "model.safetensors").generate("a cat", seed=0)
+
+
+PREVIEW = {"latent_channels": 3, "widths": [4, 6], "patch": 2, "blocks": 1}
+
+
+def preview(autoencoder: str, **shape: object) -> dict:
+    return {
+        **COMMON, "name": "preview", "task": "preview", "optimizer": {"rate": 0.01, "warmup": 1}, "steps": 60,
+        "batch": 16,
+        "preview": {"size": 16, "network": {**PREVIEW, **shape}, "perceptual": 0.0, "noise": 0.2},
+        "latents": {"autoencoder": autoencoder},
+    }  # fmt: skip
+
+
+def test_previews_are_decoded_by_their_own_network(vae: Path, tmp_path: Path) -> None:
+    small = train(preview(str(vae)), tmp_path, "preview")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "preview/log.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    recipe = latent(str(vae))
+    recipe["model"]["preview"] = PREVIEW
+    recipe["latents"]["preview"] = str(small)
+    pipe = load(train(recipe, tmp_path, "whole"))
+    x = torch.randn(2, 3, 4, 4)
+    assert pipe.glimpse(x)[0].shape == pipe.pixels(x)[0].shape == (16, 16, 3)
+    assert (pipe.glimpse(x)[1] != pipe.pixels(x)[1]).any()
+    expected = load_preview(small)(x).clamp(-1, 1)
+    assert abs(pipe.glimpse(x)[1] - ((expected[1] + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.5001
+
+    del recipe["model"]["preview"], recipe["latents"]["preview"]
+    plain = load(train(recipe, tmp_path, "plain"))
+    assert (plain.glimpse(x)[0] == plain.pixels(x)[0]).all()
+
+
+def test_a_preview_of_another_shape_is_refused(vae: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadData, match=r"3 latent channels and factor 8, but .* has 3 and 4"):
+        train(preview(str(vae), widths=[4, 4, 6]), tmp_path, "a")
+    recipe = latent(str(vae))
+    recipe["model"]["preview"] = PREVIEW
+    with pytest.raises(BadData, match=r"needs latents\.preview"):
+        train(recipe, tmp_path, "b")
+    recipe["latents"]["preview"] = str(vae)
+    with pytest.raises(BadCheckpoint, match="not what this project trains by task: preview"):
+        train(recipe, tmp_path, "c")
 
 
 def test_what_does_not_fit_is_refused_in_one_line(vae: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Model:
         encode: prompts → conditioning; the empty prompt is the unconditional one.
         words: prompt → its words, each with the columns of ``context`` that hold it; none where no words are told.
         decode: denoised x (B, C, H, W) → pictures (B, 3, H·factor, W·factor) in [−1, 1].
+        preview: a quicker and rougher ``decode`` for steps on the way; None if the model has none.
         encode_picture: the way back, without noise; None if the model has no encoder.
         channels, factor: shape of x: C, and pixels per side of one of its cells.
         multiple: a picture's sides must be multiples of this many pixels.
@@ -86,6 +87,7 @@ class Model:
     situate: Callable[[int, int, float], Conditioning] = _nothing
     spacings: Callable[[int, int], Mapping[str, Mapping[str, float]]] = _no_settings
     distilled: bool = False
+    preview: Callable[[Tensor], Tensor] | None = None
     encode_picture: Callable[[Tensor], Tensor] | None = None
     inpaints: bool = False
     defaults: Defaults = field(default_factory=Defaults)

@@ -27,7 +27,7 @@ from sfumato.errors import BadCheckpoint, nearest
 from sfumato.families import NATIVE_FORMAT
 from sfumato.families.common import decoder, encoder
 from sfumato.families.model import Defaults, Model
-from sfumato.networks.compact import CompactAutoencoder, CompactConfig
+from sfumato.networks.compact import CompactAutoencoder, CompactConfig, PreviewConfig, PreviewDecoder
 from sfumato.networks.unet import UNet, UNetConfig
 from sfumato.networks.worded import WordedConfig, WordedTransformer
 from sfumato.text.tower import TextTower, TextTowerConfig, build_tokenizer, stored_tokenizer
@@ -44,6 +44,7 @@ class NativeConfig:
         schedule, parameterization: names in ``SCHEDULES`` and ``PARAMETERIZATIONS``.
         network: the U-Net; ``transformer``: given, it takes the U-Net's place.
         autoencoder: given, the denoiser works on its latents instead of pixels.
+        preview: a small decoder of the same latents, for a look at steps on the way.
     """
 
     size: int = 32
@@ -57,6 +58,7 @@ class NativeConfig:
     )
     transformer: WordedConfig | None = None
     autoencoder: CompactConfig | None = None
+    preview: PreviewConfig | None = None
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     defaults: Defaults = field(default_factory=Defaults)
 
@@ -111,7 +113,7 @@ class Native(nn.Module):
     """Denoiser and text tower as one module, trained together.
 
     Args:
-        whole: with the autoencoder, where the model has one; training does without.
+        whole: with the decoders, where the model has any; training does without.
     """
 
     def __init__(self, config: NativeConfig, tokenizer: Tokenizer, whole: bool = True):
@@ -120,6 +122,7 @@ class Native(nn.Module):
         self.network = UNet(config.network) if config.transformer is None else WordedTransformer(config.transformer)
         self.text = TextTower(config.text, tokenizer)
         self.autoencoder = CompactAutoencoder(config.autoencoder) if whole and config.autoencoder else None
+        self.preview = PreviewDecoder(config.preview) if whole and config.preview else None
 
     def forward(self, x: Tensor, clock: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Denoise x (B, C, H, W) at clock (B,) under token ids (B, M); for training."""
@@ -158,6 +161,7 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         encode=native.text.encode,
         words=native.text.spell,
         decode=_three_channels if vae is None else decoder(vae),
+        preview=native.preview,
         encode_picture=_own_channels(config.denoiser.in_channels) if vae is None else encoder(vae),
         schedule=config.build_schedule(),
         parameterization=config.build_parameterization(),

@@ -59,6 +59,15 @@ def _residuals(width: int, n: int) -> list[nn.Module]:
     return [Residual(width) for _ in range(n)]
 
 
+def _decoder_layers(channels: int, widths: tuple[int, ...], patch: int, blocks: int) -> list[nn.Module]:
+    layers: list[nn.Module] = [nn.Conv2d(channels, widths[-1], 3, padding=1)]
+    for i, width in reversed(list(enumerate(widths))):
+        layers += _residuals(width, blocks)
+        if i:
+            layers += [nn.Conv2d(width, 4 * widths[i - 1], 1), nn.PixelShuffle(2)]
+    return [*layers, nn.SiLU(), nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch)]
+
+
 class CompactAutoencoder(nn.Module):
     """Pictures to standardized latents and back; mean and deviation are measured when training ends."""
 
@@ -79,13 +88,7 @@ class CompactAutoencoder(nn.Module):
             down += _residuals(width, config.encoder_blocks)
         self.encoder = nn.Sequential(*down, nn.SiLU(), nn.Conv2d(widths[-1], 2 * c, 1))
 
-        up: list[nn.Module] = [nn.Conv2d(c, widths[-1], 3, padding=1)]
-        for i, width in reversed(list(enumerate(widths))):
-            up += _residuals(width, config.decoder_blocks)
-            if i:
-                up += [nn.Conv2d(width, 4 * widths[i - 1], 1), nn.PixelShuffle(2)]
-        last = nn.Conv2d(widths[0], 3 * config.patch**2, 3, padding=1)
-        self.decoder = nn.Sequential(*up, nn.SiLU(), last, nn.PixelShuffle(config.patch))
+        self.decoder = nn.Sequential(*_decoder_layers(c, widths, config.patch, config.decoder_blocks))
         self.register_buffer("mean", torch.zeros(c))
         self.register_buffer("deviation", torch.ones(c))
 
@@ -116,6 +119,35 @@ class CompactAutoencoder(nn.Module):
 
     def _channels(self, v: Tensor) -> Tensor:
         return v[:, None, None]
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """The shape of a decoder for previews: as a compact autoencoder's, but small."""
+
+    latent_channels: int = 16
+    widths: tuple[int, ...] = (16, 32, 48)
+    patch: int = 2
+    blocks: int = 1
+
+    @property
+    def factor(self) -> int:
+        """Pixels per side of one cell of the latents."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+
+class PreviewDecoder(nn.Module):
+    """A quick look at latents: the denoiser's x (B, C, h, w) → pictures (B, 3, f·h, f·w)."""
+
+    def __init__(self, config: PreviewConfig):
+        super().__init__()
+        self.config = config
+        layers = _decoder_layers(config.latent_channels, config.widths, config.patch, config.blocks)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Decode."""
+        return self.layers(x)
 
 
 class PatchDiscriminator(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sfumato.data.pictures import Batch, Row
 from sfumato.families.native import Native, NativeConfig, metadata
 from sfumato.files import write_atomically
-from sfumato.networks.compact import CompactAutoencoder
+from sfumato.networks.compact import CompactAutoencoder, PreviewDecoder
 from sfumato.networks.worded import WordedTransformer
 from sfumato.text.tower import build_tokenizer, train_tokenizer
 from sfumato.training.draws import draws
@@ -80,7 +80,7 @@ class DenoiserTask:
 
     Args:
         pictures: what is denoised: pictures, or their latents.
-        autoencoder: of the latents, to be written into the model's file.
+        autoencoder, preview: of the latents, to be written into the model's file.
         features: (index of the picture → (N, F)) what states are aligned with, where the recipe asks for it.
     """
 
@@ -91,9 +91,11 @@ class DenoiserTask:
         run: Path,
         world: World = World(),  # noqa: B008
         autoencoder: CompactAutoencoder | None = None,
+        preview: PreviewDecoder | None = None,
         features: Tensor | None = None,
     ):
-        self.recipe, self.pictures, self.autoencoder, self.features = recipe, pictures, autoencoder, features
+        self.recipe, self.pictures, self.features = recipe, pictures, features
+        self.autoencoder, self.decoders = autoencoder, {"autoencoder": autoencoder, "preview": preview}
         if recipe.model.text.tokenizer == "learned":
             vocabulary, path = recipe.model.text.vocabulary, run / "tokenizer.json"
             world.together(lambda: _learn_tokenizer(pictures, vocabulary, path) if world.main else None)
@@ -150,8 +152,9 @@ class DenoiserTask:
     def export(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write a model file: fp16 weights, and metadata that say how to build it."""
         tensors = {k: v.half().contiguous() for k, v in self._own(weights).items()}
-        if self.autoencoder is not None:
-            tensors |= {f"autoencoder.{k}": v.half().contiguous() for k, v in self.autoencoder.state_dict().items()}
+        for name, decoder in self.decoders.items():
+            if decoder is not None:
+                tensors |= {f"{name}.{k}": v.half().contiguous() for k, v in decoder.state_dict().items()}
         meta = metadata(self.recipe.model, self.module.text.tokenizer, {"name": self.recipe.name, **self.recipe.card})
         write_atomically(path, save(tensors, meta))
 

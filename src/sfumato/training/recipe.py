@@ -14,7 +14,7 @@ from sfumato.data.config import DataConfig
 from sfumato.errors import BadData
 from sfumato.families.clip import TwoTowersConfig
 from sfumato.families.native import NativeConfig
-from sfumato.networks.compact import CompactConfig
+from sfumato.networks.compact import CompactConfig, PreviewConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class LatentRecipe:
         text: file that holds a trained text tower of ``model.text``'s shape; left out, it is trained from nothing.
         freeze_text: whether that tower stays as it is.
         denoiser: file of a model whose denoiser is the warm start.
+        preview: file of a trained ``task: preview``; given, ``model.preview`` is its shape.
         align: weight of the alignment of the states after layer ``align_layer`` with a pretrained network's features
             of the clean picture (REPA, 2410.06940), up to the share ``align_until`` of the run (HASTE, 2505.16792).
     """
@@ -45,6 +46,7 @@ class LatentRecipe:
     text: str = ""
     freeze_text: bool = True
     denoiser: str = ""
+    preview: str = ""
     align: float = 0.0
     align_layer: int = 3
     align_until: float = 1.0
@@ -103,6 +105,22 @@ class AutoencoderRecipe:
 
 
 @dataclass(frozen=True)
+class PreviewRecipe:
+    """What ``task: preview`` trains: a small decoder of the latents of ``latents.autoencoder``.
+
+    Args:
+        size: side of the pictures in pixels.
+        perceptual: weight of LPIPS beside the mean absolute error.
+        noise: largest share of noise in the latents: a look on the way must bear what is not yet clean.
+    """
+
+    size: int = 64
+    network: PreviewConfig = field(default_factory=PreviewConfig)
+    perceptual: float = 0.1
+    noise: float = 0.3
+
+
+@dataclass(frozen=True)
 class ClipRecipe:
     """What ``task: clip`` trains, on pictures of ``size`` pixels per side.
 
@@ -151,6 +169,7 @@ class Recipe:
     task: str = "denoiser"
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     clip: ClipRecipe = field(default_factory=ClipRecipe)
+    preview: PreviewRecipe = field(default_factory=PreviewRecipe)
     model: NativeConfig = field(default_factory=NativeConfig)
     latents: LatentRecipe = field(default_factory=LatentRecipe)
     data: DataConfig = field(default_factory=DataConfig)

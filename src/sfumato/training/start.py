@@ -12,7 +12,9 @@ from sfumato.checkpoints.tensors import load_into, read_tensors
 from sfumato.data.latents import encoded
 from sfumato.data.pictures import Pictures
 from sfumato.errors import BadCheckpoint, BadData
+from sfumato.families.autoencoder import load_preview
 from sfumato.families.native import Native
+from sfumato.networks.compact import PreviewDecoder
 from sfumato.training.recipe import Recipe
 
 FEATURES = 192  # numbers that are kept of each cell's features
@@ -33,6 +35,19 @@ def start_denoiser(recipe: Recipe, native: Native, root: Path) -> None:
     """Pour the recipe's warm start into the denoiser."""
     if recipe.latents.denoiser:
         _pour(native.network, root / recipe.latents.denoiser, "network.")
+
+
+def start_preview(recipe: Recipe, root: Path) -> PreviewDecoder | None:
+    """Load the recipe's decoder for previews; BadData where its shape is not ``model.preview``'s."""
+    if not recipe.latents.preview:
+        if recipe.model.preview is not None:
+            raise BadData("recipe: model.preview needs latents.preview, a trained decoder for previews")
+        return None
+    decoder = load_preview(root / recipe.latents.preview)
+    if decoder.config != recipe.model.preview:
+        path = root / recipe.latents.preview
+        raise BadData(f"recipe: model.preview is {recipe.model.preview}, but {path} holds {decoder.config}")
+    return decoder
 
 
 def _pour(module: nn.Module, path: Path, prefix: str) -> None:

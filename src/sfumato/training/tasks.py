@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfumato.data.pictures import Pictures, load_pictures
 from sfumato.data.report import Report
@@ -14,6 +15,10 @@ from sfumato.training.loop import Task
 from sfumato.training.progress import Progress
 from sfumato.training.recipe import Recipe
 from sfumato.training.world import World
+
+if TYPE_CHECKING:
+    from sfumato.data.latents import Latents
+    from sfumato.networks.compact import CompactAutoencoder
 
 # (side, channels, what sides must be multiples of, or 0: squares only) → the recipe's pictures
 Load = Callable[[int, int, int], Pictures]
@@ -29,25 +34,46 @@ def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -
 
 
 def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.training.denoiser import DenoiserTask
+    from sfumato.training.start import align_features, start_denoiser, start_preview, start_text
+
+    latents, network = _latents(recipe, load(recipe.model.size, 3, 0), root, run)
+    if recipe.model.autoencoder != network.config:
+        path = root / recipe.latents.autoencoder
+        raise BadData(f"recipe: model.autoencoder is {recipe.model.autoencoder}, but {path} holds {network.config}")
+    preview = start_preview(recipe, root)
+    features = align_features(recipe, latents.pictures, run / "cache") if recipe.latents.align else None
+    task = DenoiserTask(recipe, latents, run, world, network, preview, features)
+    start_text(recipe, task.module, root)
+    start_denoiser(recipe, task.module, root)
+    return task
+
+
+def _latents(recipe: Recipe, pictures: Pictures, root: Path, run: Path) -> tuple[Latents, CompactAutoencoder]:
     import hashlib
 
     from sfumato.data.latents import Latents, encoded
     from sfumato.families.autoencoder import load_autoencoder
-    from sfumato.training.denoiser import DenoiserTask
-    from sfumato.training.start import align_features, start_denoiser, start_text
 
     path = root / recipe.latents.autoencoder
     network = load_autoencoder(path)
-    if recipe.model.autoencoder != network.config:
-        raise BadData(f"recipe: model.autoencoder is {recipe.model.autoencoder}, but {path} holds {network.config}")
-    pictures = load(recipe.model.size, 3, 0)
-    cache = run / "cache"
-    latents = encoded(pictures, network.encode, hashlib.sha256(path.read_bytes()).hexdigest(), cache)
-    features = align_features(recipe, pictures, cache) if recipe.latents.align else None
-    task = DenoiserTask(recipe, Latents(pictures, latents), run, world, network, features)
-    start_text(recipe, task.module, root)
-    start_denoiser(recipe, task.module, root)
-    return task
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Latents(pictures, encoded(pictures, network.encode, digest, run / "cache")), network
+
+
+def _preview(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.training.preview import PreviewTask
+
+    if not recipe.latents.autoencoder:
+        raise BadData("recipe: a decoder for previews needs latents.autoencoder, a trained autoencoder")
+    latents, network = _latents(recipe, load(recipe.preview.size, 3, 0), root, run)
+    ours, theirs = recipe.preview.network, network.config
+    if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
+        raise BadData(
+            f"recipe: preview.network has {ours.latent_channels} latent channels and factor {ours.factor}, but "
+            f"{root / recipe.latents.autoencoder} has {theirs.latent_channels} and {theirs.factor}"
+        )
+    return PreviewTask(recipe, latents)
 
 
 def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
@@ -66,6 +92,7 @@ TASKS: dict[str, Callable[[Recipe, Load, Path, Path, World], Task]] = {
     "denoiser": _denoiser,
     "autoencoder": _autoencoder,
     "clip": _clip,
+    "preview": _preview,
 }
 
 
