@@ -210,3 +210,30 @@ def test_numbers_in_yaml_and_overrides():
     recipe = build_recipe({}, ["optimizer.rate=1e-3", "optimizer.betas=[0.9, 1]", "name=x"], "settings")
     assert recipe.optimizer.rate == 1e-3
     assert recipe.optimizer.betas == (0.9, 1.0)
+
+
+def test_slow_parameters_learn_at_their_share_of_the_rate_and_frozen_ones_not_at_all():
+    module = torch.nn.ModuleDict({k: torch.nn.Linear(4, 4) for k in ("text", "network", "fixed")})
+    module["fixed"].requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    (optimizer,) = build_optimizers(module, OptimizerConfig(rate=0.01, weight_decay=0.0, slow={"text": 0.1}))
+    for p in module.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()  # Adam's first step is its rate, whatever the gradient
+    moved = {n: float((p - before[n]).abs().mean().detach()) for n, p in module.named_parameters()}
+    assert moved["network.weight"] == pytest.approx(0.01, rel=1e-3)
+    assert [moved["text.weight"], moved["text.bias"]] == pytest.approx([0.001, 0.001], rel=1e-3)
+    assert moved["fixed.weight"] == 0
+    with pytest.raises(BadData, match="no parameter that learns begins with 'txet'"):
+        build_optimizers(module, OptimizerConfig(slow={"txet": 0.1}))
+
+
+def test_muon_in_bf16_moves_as_in_fp32_does():
+    torch.manual_seed(0)
+    steps = []
+    for bf16 in (False, True):
+        p = torch.nn.Parameter(torch.zeros(24, 40))
+        p.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+        Muon([p], 0.02, 0.95, 0.0, bf16).step()
+        steps.append(p.detach())
+    assert torch.nn.functional.cosine_similarity(*(s.flatten() for s in steps), dim=0) > 0.999
