@@ -21,8 +21,9 @@ ROOMS: dict[str, set[str]] = {
     "inside": {"pipeline", "families", "networks", "text", "diffusion"},
     "training": {"diffusion", "networks", "text", "checkpoints", "families", "data", "evaluation", "pipeline"},
     "evaluation": {"pipeline", "families", "checkpoints", "data", "networks"},
+    "search": {"evaluation", "families", "data"},
     "server": {"inside", "pipeline", "families", "diffusion"},
-    "cli": {"pipeline", "training", "evaluation", "server", "families", "checkpoints", "diffusion", "data"},
+    "cli": {"pipeline", "training", "evaluation", "search", "server", "families", "checkpoints", "diffusion", "data"},
     "__init__": {"pipeline"},
     "__main__": {"cli"},
 }

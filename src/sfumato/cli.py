@@ -35,6 +35,7 @@ FORWARDED = {  # command → module whose ``main(argv) -> int`` reads the comman
     "evaluate": ("sfumato.evaluation.cli", "measure a model against real pictures"),
     "convert": ("sfumato.families.convert", "turn a published folder into a single file, or the other way"),
     "data": ("sfumato.data.cli", "check a data set, or rebuild the corpus"),
+    "search": ("sfumato.search", "find pictures by words"),
     "serve": ("sfumato.server.cli", "serve pictures over HTTP"),
 }
 

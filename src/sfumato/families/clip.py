@@ -29,14 +29,20 @@ from sfumato.text.tokenizer import VOCABULARY
 from sfumato.text.tower import TextTower, TextTowerConfig, build_tokenizer, stored_tokenizer
 
 FORMAT = "sfumato-clip-1"  # the metadata's key
-EMBEDDED = Path(__file__).parents[1] / "models" / "emoji-clip.safetensors"
+EMBEDDED = Path(__file__).parents[1] / "models" / "parts" / "emoji-clip.safetensors"
 MAX_SCALE = 100.0  # 2103.00020, section 2.5
 
 
 @dataclass(frozen=True)
 class TwoTowersConfig:
-    """Both towers' shapes; ``dim``: of the space they share."""
+    """Both towers' shapes.
 
+    Args:
+        size: side in pixels of the pictures that it learned from, to which all are brought.
+        dim: width D of the space they share.
+    """
+
+    size: int = 64
     dim: int = 256
     text: TextTowerConfig = field(
         default_factory=lambda: TextTowerConfig(

@@ -122,15 +122,14 @@ class PreviewRecipe:
 
 @dataclass(frozen=True)
 class ClipRecipe:
-    """What ``task: clip`` trains, on pictures of ``size`` pixels per side.
+    """What ``task: clip`` trains.
 
     Args:
-        words: where the table of tokens starts: ``minilm``, a sentence encoder's word vectors, or ``random``.
+        words: where the table of tokens starts: ``minilm``, a sentence encoder's vectors, or ``random``.
         freeze_words: whether it stays there, and only what widens it is learned.
         views: how many views of each picture are looked at, itself included; the others are turned, moved, tinted.
     """
 
-    size: int = 64
     network: TwoTowersConfig = field(default_factory=TwoTowersConfig)
     words: str = "minilm"
     freeze_words: bool = True
