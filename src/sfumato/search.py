@@ -108,7 +108,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sfumato search",
-        description="Find pictures by words. What was looked at is kept: the next search of the same pictures is quick.",
+        description="Find pictures by words. What was looked at is kept, so that the next search is quick.",
         allow_abbrev=False,
     )
     parser.add_argument("pictures", metavar="PICTURES", help="folder, .parquet or .tar; or 'sample'")
@@ -151,14 +151,14 @@ def main(argv: list[str]) -> int:
         sys.stderr.write(f"{len(found.bad)} of {len(source.records)} pictures cannot be read ({first})\n")
     if sheet is not None:
         write_atomically(sheet, _sheet(best))
-    rows = [{"path": r.name, "score": round(score, 4), "caption": str(r.row.get("caption") or "")} for r, score in best]
+    rows = [{"path": r.name, "score": score, "caption": str(r.row.get("caption") or "")} for r, score in best]
     if args.json:
         import json
 
         print(json.dumps(rows, ensure_ascii=False))
         return 0
     for row in rows:
-        print(f"{row['score']:+.3f}  {printable(row['path'])}" + (f"  {printable(row['caption'])}" * bool(row["caption"])))
+        print(f"{row['score']:+.3f}  {printable(row['path'])}  {printable(row['caption'])}".rstrip())
     return 0
 
 

@@ -122,6 +122,23 @@ def test_principal_directions_keep_the_angles_of_vectors_that_have_no_others():
     torch.testing.assert_close(rows @ rows.T / 3, unit @ unit.T, atol=1e-4, rtol=0)
 
 
+def test_a_table_of_tokens_puts_words_near_their_kin():
+    from sfumato.checkpoints.packaged import MINILM
+    from sfumato.text.tower import train_tokenizer
+    from sfumato.training.words import token_texts, word_table
+
+    try:
+        MINILM.locate()
+    except NoResources as e:
+        pytest.skip(str(e))
+    words = ("tiger", "lion", "rocket", "spaceship", "pizza", "bread")
+    tokenizer = train_tokenizer([f"{w} {w}" for w in words] * 20, 420)
+    place = {text: i for i, text in enumerate(token_texts(tokenizer))}
+    rows = F.normalize(word_table(tokenizer, 32), dim=1)[[place[w] for w in words]]
+    near = rows @ rows.T - 2 * torch.eye(6)
+    assert near.argmax(1).tolist() == [1, 0, 3, 2, 5, 4]
+
+
 def test_changed_views_are_white_around_and_differ():
     x = -torch.ones(3, 3, 64, 64)
     views = changed(x, torch.Generator().manual_seed(1))

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--n", type=int, metavar="N", help="captions per split at most (default: every held-out one)")
     parser.add_argument(
-        "--metrics", metavar="A,B", help="of fd, kid, pr, lpips, judge, nearest (these are the default) and fid"
+        "--metrics", metavar="A,B", help="of fd, kid, pr, lpips, judge, clip, nearest (these are the default) and fid"
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of the first picture; the next has S+1 (default: 0)"

@@ -4,6 +4,7 @@
 |--------|----------------------------------------------------------------------|------|-------------|
 | lite0  | EfficientNet-lite0: means of its 40- and 112-channel maps, then head | 1432 | 128 × 128   |
 | alex   | AlexNet (of LPIPS): means of the third and fifth maps                | 640  | 128 × 128   |
+| clip   | our own CLIP's vectors                                               | 256  | 64 × 64     |
 | inception | Inception-v3 by torch-fidelity, where its weights are given       | 2048 | its own     |
 
 FD, KID, precision and recall take lite0's head, 1,280 features; never call that FID, which is Inception's.
@@ -25,6 +26,8 @@ from torch import Tensor
 from sfumato.checkpoints import packaged
 from sfumato.errors import BadCheckpoint, NoResources
 from sfumato.evaluation.cache import Cache, content_hash
+from sfumato.evaluation.generate import fit_size
+from sfumato.families.clip import CLIP
 from sfumato.families.pretrained import load_lite0, load_lpips
 
 SIZE = 128
@@ -94,6 +97,12 @@ def alex() -> Extractor:
 
     packaged.ALEXNET.locate()
     return Extractor("alex", packaged.ALEXNET.sha256, load)
+
+
+def clip(model: CLIP) -> Extractor:
+    """Return our own CLIP's unit vectors of pictures, which are brought to the size that it learned from."""
+    size = model.towers.config.size
+    return Extractor("clip", model.hash, lambda: lambda images: model.embed_pictures(fit_size(images, size)))
 
 
 def inception(weights: Path | None) -> Extractor:

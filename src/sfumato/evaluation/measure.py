@@ -36,9 +36,10 @@ from sfumato.evaluation.generate import base_request, fit_size, generate
 from sfumato.evaluation.judge import Judge, embed_names, recall_at, retrieval_ranks, train_judge
 from sfumato.evaluation.report import Figure, Report
 from sfumato.evaluation.truth import ALL, SEEN, Truth
+from sfumato.families.clip import CLIP, load_clip
 from sfumato.pipeline.pipeline import Pipeline
 
-METRICS = ("fd", "kid", "pr", "lpips", "judge", "nearest", "fid")
+METRICS = ("fd", "kid", "pr", "lpips", "judge", "clip", "nearest", "fid")
 DEFAULT = METRICS[:-1]
 TOO_NEAR = 0.05  # of held-out real pictures are nearer to a training picture than this quantile
 THUMBNAIL = 16  # pixels: where near-copies are still near
@@ -69,6 +70,7 @@ class Yardstick:
     alex: Extractor | None
     inception: Extractor | None
     judge: Trained | None
+    clip: CLIP | None
     skipped: Mapping[str, str]
 
     def measure(self, made: Made | None, *, keep: bool = True) -> list[Figure]:
@@ -118,11 +120,12 @@ def prepare(truth: Truth, metrics: Sequence[str], cache: Cache, inception: Path 
     lite0 = extractors.lite0() if wanted & {"fd", "kid", "pr", "judge", "nearest"} else None
     alex = extractors.alex() if wanted & {"lpips", "judge"} else None
     theirs = extractors.inception(inception) if "fid" in wanted else None
+    clip = load_clip() if "clip" in wanted else None
     skipped: dict[str, str] = {}
     judge = None
     if "judge" in wanted:
         judge = _prepare_judge(truth, lite0, alex, cache, skipped)
-    return Yardstick(truth, metrics, cache, lite0, alex, theirs, judge, skipped)
+    return Yardstick(truth, metrics, cache, lite0, alex, theirs, judge, clip, skipped)
 
 
 def _prepare_judge(
@@ -297,6 +300,24 @@ def _judge(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
             )
 
 
+def _clip(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
+    """Cosine of picture and caption under our own CLIP, beside that with another row's caption."""
+    assert y.clip is not None
+    extractor = extractors.clip(y.clip)
+    for split, rows in y.truth.drawn.items():
+        words = y.clip.embed_words(y.truth.captions(rows)).numpy()
+        real = y.features(extractor, rows)
+        found = real if made is None else extractor(made[split], cache)
+
+        def score(pictures: NDArray[np.float32], words: NDArray[np.float32] = words) -> Array:
+            return 100 * (pictures * words).sum(1).clip(0).astype(np.float64)  # Hessel et al., 2104.08718, eq. 1
+
+        details = {"another's caption": score(found, np.roll(words, len(rows) // 2, axis=0))}
+        name = f"our own CLIP {y.clip.hash[:8]} at {y.clip.towers.config.size} px"
+        reference = content_hash(y.truth.images[list(rows)])
+        yield from _mean_figures(y, split, "CLIP score", name, reference, score(found), score(real), details)
+
+
 def _lpips(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
     """LPIPS to the real picture of the caption, beside two other real pictures': other style, and other thing."""
     truth = y.truth
@@ -387,7 +408,8 @@ def _thumbnails(images: Tensor) -> Array:
 
 
 _MEASURES: Mapping[str, Callable[[Yardstick, Made | None, Cache], Iterator[Figure]]] = {
-    "fd": _fd, "kid": _kid, "pr": _pr, "lpips": _lpips, "judge": _judge, "nearest": _nearest, "fid": _fid,
+    "fd": _fd, "kid": _kid, "pr": _pr, "lpips": _lpips, "judge": _judge, "clip": _clip, "nearest": _nearest,
+    "fid": _fid,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.networks.efficientnet import EfficientNetLite0
 
-SIDE = 128  # pixels at which the trunk looks
+SIDE = 128  # pixels of side at which the trunk looks
 
 
 @dataclass(frozen=True)

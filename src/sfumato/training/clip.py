@@ -30,6 +30,7 @@ from sfumato.text.tokenizer import packaged_clip
 from sfumato.training.draws import draws
 from sfumato.training.objective import Losses
 from sfumato.training.recipe import ClipRecipe, Recipe
+from sfumato.training.start import pour
 
 PARTS = 4  # captions of like length go through the tower together
 
@@ -78,7 +79,7 @@ def _numbered(values: Sequence[str]) -> Tensor:
 class ClipTask:
     """Words and pictures in, contrastive losses out."""
 
-    def __init__(self, recipe: Recipe, pictures: Pictures, cache: Path):
+    def __init__(self, recipe: Recipe, pictures: Pictures, root: Path, cache: Path):
         self.recipe, self.pictures = recipe, pictures
         settings = recipe.clip
         self.trunk = load_lite0().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -86,7 +87,7 @@ class ClipTask:
         torch.manual_seed(recipe.seed)
         self.module = TwoTowers(settings.network, packaged_clip())
         self.module.picture.standardize(self.features[0])
-        _start(self.module, settings, cache)
+        _start(self.module, settings, root, cache)
 
     def fetch(self, places: range) -> Prepared:
         """Prepare features and token ids for some places of the endless order, the shortest captions first."""
@@ -98,7 +99,7 @@ class ClipTask:
         captions = [drawn[i][1] for i in order]
         size = -(-len(order) // PARTS)
         rows = [self.module.text.tokenize(captions[i : i + size]) for i in range(0, len(captions), size)]
-        features = torch.stack([self.features[views[i]][drawn[i][0]] for i in order])
+        features = torch.stack([self.features[views[i]][drawn[i][0]].float() for i in order])
         return Prepared(features, rows, true_elsewhere([self.pictures.rows[drawn[i][0]] for i in order], captions))
 
     def fingerprint(self) -> str:
@@ -132,9 +133,15 @@ class ClipTask:
         write_sheet(x, best.shape[1], path)
 
 
-def _start(towers: TwoTowers, settings: ClipRecipe, cache: Path) -> None:
-    """Give the table of tokens its first rows, and freeze it where the recipe says so."""
-    if settings.words == "minilm":
+def _start(towers: TwoTowers, settings: ClipRecipe, root: Path, cache: Path) -> None:
+    """Give the tower its first weights, or its table of tokens the first rows, and freeze what the recipe says."""
+    if settings.text:
+        for part in ("text", "text_head"):
+            pour(getattr(towers, part), root / settings.text, f"{part}.")
+        if settings.freeze_text:
+            towers.text.requires_grad_(False)
+            towers.text_head.requires_grad_(False)
+    elif settings.words == "minilm":
         table = _kept(cache / f"words-{MINILM.sha256[:16]}-{settings.network.text.token_dim}.safetensors", towers)
         with torch.no_grad():
             towers.text.tokens.weight.copy_(table)

@@ -127,17 +127,23 @@ class ClipRecipe:
     Args:
         words: where the table of tokens starts: ``minilm``, a sentence encoder's vectors, or ``random``.
         freeze_words: whether it stays there, and only what widens it is learned.
+        text: file that holds a trained text tower of the network's shape, to start from; read from the recipe's folder.
+        freeze_text: whether that tower stays as it is, and pictures learn to meet it (LiT, 2111.07991).
         views: how many views of each picture are looked at, itself included; the others are turned, moved, tinted.
     """
 
     network: TwoTowersConfig = field(default_factory=TwoTowersConfig)
     words: str = "minilm"
     freeze_words: bool = True
+    text: str = ""
+    freeze_text: bool = False
     views: int = 3
 
     def __post_init__(self) -> None:
         if self.words not in ("minilm", "random"):
             raise BadData(f"recipe: clip.words is minilm or random, not {self.words!r}")
+        if self.freeze_text and not self.text:
+            raise BadData("recipe: clip.freeze_text needs the tower that stays, in clip.text")
         if self.views < 1:
             raise BadData(f"recipe: clip.views must be at least 1, not {self.views}")
 

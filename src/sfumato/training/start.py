@@ -24,7 +24,7 @@ def start_text(recipe: Recipe, native: Native, root: Path) -> None:
     """Pour the recipe's text tower into the model, and freeze it where the recipe says so."""
     if not recipe.latents.text:
         return
-    _pour(native.text, root / recipe.latents.text, "text.")
+    pour(native.text, root / recipe.latents.text, "text.")
     if recipe.latents.freeze_text:
         native.text.requires_grad_(False)
     else:
@@ -34,7 +34,7 @@ def start_text(recipe: Recipe, native: Native, root: Path) -> None:
 def start_denoiser(recipe: Recipe, native: Native, root: Path) -> None:
     """Pour the recipe's warm start into the denoiser."""
     if recipe.latents.denoiser:
-        _pour(native.network, root / recipe.latents.denoiser, "network.")
+        pour(native.network, root / recipe.latents.denoiser, "network.")
 
 
 def start_preview(recipe: Recipe, root: Path) -> PreviewDecoder | None:
@@ -50,7 +50,8 @@ def start_preview(recipe: Recipe, root: Path) -> PreviewDecoder | None:
     return decoder
 
 
-def _pour(module: nn.Module, path: Path, prefix: str) -> None:
+def pour(module: nn.Module, path: Path, prefix: str) -> None:
+    """Load what a file holds under a prefix; BadCheckpoint if there is nothing, or it does not fit."""
     tensors = {k.removeprefix(prefix): v.float() for k, v in read_tensors(path).items() if k.startswith(prefix)}
     if not tensors:
         raise BadCheckpoint(f"{path}: holds nothing under {prefix}")

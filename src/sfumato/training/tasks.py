@@ -85,7 +85,7 @@ def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World
 def _clip(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
     from sfumato.training.clip import ClipTask
 
-    return ClipTask(recipe, load(recipe.clip.network.size, 3, 0), run / "cache")
+    return ClipTask(recipe, load(recipe.clip.network.size, 3, 0), root, run / "cache")
 
 
 TASKS: dict[str, Callable[[Recipe, Load, Path, Path, World], Task]] = {

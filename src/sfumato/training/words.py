@@ -29,9 +29,8 @@ def word_table(tokenizer: Tokenizer, dim: int) -> Tensor:
     """
     encoder = load_sentence_encoder()
     unknown = [encoder.tokenizer.token_to_id("[UNK]")]
-    pieces = [
-        e.ids or unknown for e in encoder.tokenizer.encode_batch(token_texts(tokenizer), add_special_tokens=False)
-    ]
+    texts = token_texts(tokenizer)
+    pieces = [e.ids or unknown for e in encoder.tokenizer.encode_batch(texts, add_special_tokens=False)]
     table = encoder.tokens.weight
     means = torch.stack([table[torch.tensor(ids)].mean(0) for ids in pieces])  # (V, 384)
     order = sorted(range(len(texts)), key=lambda i: len(pieces[i]))  # little padding
