@@ -102,9 +102,8 @@ def main() -> None:
         optimizer.step()
         steps += 1
     eyes.eval()
-    print(
-        f"{which}: {sum(p.numel() for p in eyes.parameters()) / 1e6:.2f} M learned, {steps} steps of {batch} in {budget:g} s"
-    )
+    learned = sum(p.numel() for p in eyes.parameters()) / 1e6
+    print(f"{which}: {learned:.2f} M learned, {steps} steps of {batch} in {budget:g} s")
     for name in ("test_combo", "test_concept"):
         rows = split[name]
         with torch.no_grad():
