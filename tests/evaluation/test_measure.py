@@ -75,6 +75,11 @@ def test_bad_pictures_do_not(yardstick: Yardstick, truth: Truth) -> None:
     good, wrong = (by_name(yardstick.measure(drawn_again(truth, wrong=w))) for w in (False, True))
     assert wrong["R@1", "test"].value < good["R@1", "test"].value - 0.3
     assert wrong["LPIPS", "test"].value > good["LPIPS", "test"].value
+    for figures in (good, wrong):  # of the caption's own picture beside another's
+        score = figures["CLIP score", "test"]
+        assert score.real is not None
+        assert score.real > score.detail["another's caption"] or figures is wrong
+    assert wrong["CLIP score", "test"].value < good["CLIP score", "test"].value
     noise = {s: torch.randint(0, 256, v.shape).to(torch.uint8) for s, v in drawn_again(truth).items()}
     worst = by_name(yardstick.measure(noise))
     for metric in ("FD-lite0", "KID"):
@@ -130,7 +135,7 @@ def test_data_without_splits_and_names(cache: Cache) -> None:
     yardstick = prepare(plain, measure.DEFAULT, cache)
     assert "shown by any other picture" in yardstick.skipped["judge"]
     figures = yardstick.measure({"all": images[list(plain.drawn["all"])]})
-    assert {f.metric for f in figures} == {"FD-lite0", "KID", "precision", "recall", "LPIPS", "too near"}
+    assert {f.metric for f in figures} == {"FD-lite0", "KID", "precision", "recall", "LPIPS", "CLIP score", "too near"}
     assert {(f.split, f.style) for f in figures} == {("all", "")}
 
 
