@@ -29,6 +29,7 @@ from sfumato.evaluation.cache import Cache, content_hash
 from sfumato.evaluation.generate import fit_size
 from sfumato.families.clip import CLIP
 from sfumato.families.pretrained import load_lite0, load_lpips
+from sfumato.networks.towers import look
 
 SIZE = 128
 BATCH = 64
@@ -72,12 +73,7 @@ def lite0() -> Extractor:
     def load() -> Callable[[Tensor], Tensor]:
         network = load_lite0()
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-        def features(images: Tensor) -> Tensor:
-            maps = network(resize(images, SIZE).contiguous(memory_format=torch.channels_last))
-            return torch.cat([maps[i].mean((2, 3)) for i in (2, 4, 7)], 1)
-
-        return features
+        return lambda images: look(network, resize(images, SIZE))
 
     packaged.LITE0.locate()
     return Extractor("lite0", packaged.LITE0.sha256, load)
