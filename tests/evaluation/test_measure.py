@@ -135,7 +135,17 @@ def test_data_without_splits_and_names(cache: Cache) -> None:
     yardstick = prepare(plain, measure.DEFAULT, cache)
     assert "shown by any other picture" in yardstick.skipped["judge"]
     figures = yardstick.measure({"all": images[list(plain.drawn["all"])]})
-    assert {f.metric for f in figures} == {"FD-lite0", "KID", "precision", "recall", "LPIPS", "CLIP score", "too near"}
+    assert {f.metric for f in figures} == {
+        "FD-lite0",
+        "KID",
+        "precision",
+        "recall",
+        "LPIPS",
+        "CLIP score",
+        "caption R@1",
+        "caption R@5",
+        "too near",
+    }
     assert {(f.split, f.style) for f in figures} == {("all", "")}
 
 
@@ -238,3 +248,22 @@ def test_features_do_not_depend_on_company(cache: Cache) -> None:
     assert lpips_distances(images[:3], images[:3], cache).tolist() == [0, 0, 0]
     assert resize(images[:2], 128).shape == (2, 3, 128, 128)
     assert fit_size(images[:2], 8).shape == (2, 3, 8, 8)
+
+
+def test_caption_retrieval_is_by_hand_what_it_says(truth: Truth, tmp_path: Path) -> None:
+    yardstick = prepare(truth, ("clip",), Cache(tmp_path))
+    made = drawn_again(truth)
+    figures = by_name(yardstick.measure(made))
+    assert yardstick.clip is not None
+    for split, rows in truth.drawn.items():
+        captions = truth.captions(rows)
+        different = sorted(set(captions))
+        near = yardstick.clip.embed_pictures(fit_size(made[split], 64)) @ yardstick.clip.embed_words(different).T
+        for k in (1, 5):
+            best = near.topk(k, dim=1).indices.tolist()
+            hits = [different.index(c) in found for c, found in zip(captions, best, strict=True)]
+            figure = figures[f"caption R@{k}", split]
+            assert figure.value == pytest.approx(sum(hits) / len(hits), abs=1 / len(hits) / 2)
+            assert figure.interval.low <= figure.value <= figure.interval.high
+            assert figure.extractor.endswith(f"{len(different)} captions")
+            assert figure.real is not None

@@ -100,6 +100,18 @@ def test_accumulation_and_workers_change_nothing_but_rounding(pictures, tmp_path
         assert b == pytest.approx(a, rel=0.02)  # Adam magnifies rounding where a gradient is nearly nothing
 
 
+def test_a_compiled_step_learns_the_same(pictures, tmp_path: Path, soak: bool):
+    if not soak:
+        pytest.skip("compiling takes a minute: --soak")
+    run(pictures, tmp_path / "eager")
+    whole = run(pictures, tmp_path / "compiled", "compile=true")
+    assert figures(tmp_path / "compiled") == pytest.approx(figures(tmp_path / "eager"), rel=0.02)
+    assert figures(tmp_path / "compiled")[0] == pytest.approx(figures(tmp_path / "eager")[0], abs=1e-5)
+    with pytest.raises(MemoryError):
+        run(pictures, tmp_path / "crash", "compile=true", task=type("At", (Interrupting,), {"at": 5}))
+    assert run(pictures, tmp_path / "crash", "compile=true") == whole
+
+
 def test_sigterm_saves_and_says_143(pictures, tmp_path: Path):
     class Terminated(DenoiserTask):
         def fetch(self, places):

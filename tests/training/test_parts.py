@@ -237,3 +237,15 @@ def test_muon_in_bf16_moves_as_in_fp32_does():
         Muon([p], 0.02, 0.95, 0.0, bf16).step()
         steps.append(p.detach())
     assert torch.nn.functional.cosine_similarity(*(s.flatten() for s in steps), dim=0) > 0.999
+
+
+def test_tensorboard_is_optional_and_says_how_to_get_it(tmp_path: Path):
+    from importlib.util import find_spec
+
+    if find_spec("tensorboard") is None:
+        with pytest.raises(NoResources, match="pip install tensorboard"):
+            RunLog(tmp_path, 0, tensorboard=True)
+        return
+    with RunLog(tmp_path, 0, tensorboard=True) as log:
+        log.write(1, {"loss": 1.0, "by_level": [1.0, 2.0]})
+    assert list((tmp_path / "tensorboard").iterdir())

@@ -301,21 +301,30 @@ def _judge(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
 
 
 def _clip(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
-    """Cosine of picture and caption under our own CLIP, beside that with another row's caption."""
+    """CLIP score beside that with another row's caption; how often the own caption is the nearest of its split's."""
     assert y.clip is not None
     extractor = extractors.clip(y.clip)
+    name = f"our own CLIP {y.clip.hash[:8]} at {y.clip.towers.config.size} px"
     for split, rows in y.truth.drawn.items():
-        words = y.clip.embed_words(y.truth.captions(rows)).numpy()
-        real = y.features(extractor, rows)
-        found = real if made is None else extractor(made[split], cache)
+        captions = y.truth.captions(rows)
+        different = list(dict.fromkeys(captions))  # equal captions are one
+        place = {caption: i for i, caption in enumerate(different)}
+        own = np.array([place[caption] for caption in captions])
+        words = y.clip.embed_words(different).numpy().astype(np.float64)  # (C, D)
+        real = y.features(extractor, rows) @ words.T  # (N, C)
+        found = real if made is None else extractor(made[split], cache) @ words.T
 
-        def score(pictures: NDArray[np.float32], words: NDArray[np.float32] = words) -> Array:
-            return 100 * (pictures * words).sum(1).clip(0).astype(np.float64)  # Hessel et al., 2104.08718, eq. 1
+        def score(near: Array, of: NDArray[np.int64] = own) -> Array:
+            return 100 * near[np.arange(len(of)), of].clip(0)  # Hessel et al., 2104.08718, eq. 1
 
-        details = {"another's caption": score(found, np.roll(words, len(rows) // 2, axis=0))}
-        name = f"our own CLIP {y.clip.hash[:8]} at {y.clip.towers.config.size} px"
+        details = {"another's caption": score(found, np.roll(own, len(own) // 2))}
         reference = content_hash(y.truth.images[list(rows)])
         yield from _mean_figures(y, split, "CLIP score", name, reference, score(found), score(real), details)
+        against, reference = f"{name}, {len(different)} captions", content_hash(different)
+        ranks = [retrieval_ranks(torch.from_numpy(near), own.tolist()) for near in (found, real)]
+        for k in (1, 5):
+            hits = (recall_at(r, k) for r in ranks)
+            yield from _mean_figures(y, split, f"caption R@{k}", against, reference, *hits, {})
 
 
 def _lpips(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:

@@ -172,7 +172,7 @@ def train(
     module.train()
     bad = 0
     batches = _batches(task, recipe, world, start)
-    log = RunLog(run, start, recipe.tensorboard, quiet=not world.main)
+    log = world.together(lambda: RunLog(run, start, recipe.tensorboard, quiet=not world.main))
     with progress.running(recipe.steps, start), _stop_signal() as stop, log:
         if look(start):
             end(start)

@@ -19,7 +19,7 @@ from sfumato.pipeline.pipeline import load
 from sfumato.training.recipe import Recipe
 
 Export = Callable[[Path], None]  # writes the averaged weights as a model file
-SETS = {"fd", "kid", "pr", "lpips", "fid"}  # figures for which a part of the training pictures will do
+SETS = {"fd", "kid", "pr", "lpips", "clip", "fid"}  # figures for which a part of the training pictures will do
 
 
 class _Interrupted(Exception):
