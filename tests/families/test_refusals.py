@@ -94,14 +94,6 @@ def test_configurations_that_cannot_be_followed_are_refused(
     assert str(caught.value).count(str(folder)) == 1
 
 
-def test_a_model_for_inpainting_is_told_apart(tmp_path: Path) -> None:
-    pipe = make("sd1", 1)
-    pipe.unet = type(pipe.unet)(**{**pipe.unet.config, "in_channels": 9})
-    pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises(BadCheckpoint, match="inpainting"):
-        sfumato.load(tmp_path / "model")
-
-
 def test_nan_weights_never_become_a_picture(single: Path, tmp_path: Path) -> None:
     tensors = load_file(single)
     tensors[UNET + "out.2.bias"][0] = torch.nan

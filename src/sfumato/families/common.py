@@ -345,9 +345,15 @@ def side(config: Json, vae: Autoencoder | TinyAutoencoder, usual: int) -> int:
 
 
 def check_latents(model: Published, channels: int, vae: Autoencoder | TinyAutoencoder) -> None:
-    """Refuse a denoiser that takes more than noisy latents, as those for inpainting do."""
+    """Refuse a denoiser that takes other than noisy latents."""
     latents = vae.config.latent_channels
-    if channels == 2 * latents + 1:
-        raise BadCheckpoint(f"{model.path}: a model for inpainting, which needs a picture and a mask to start from")
     if channels != latents:
         raise BadCheckpoint(f"{model.path}: its denoiser takes {channels} channels, its autoencoder makes {latents}")
+
+
+def inpaints(model: Published, channels: int, vae: Autoencoder | TinyAutoencoder) -> bool:
+    """Whether a U-Net takes a mask and a masked picture beside noisy latents; BadCheckpoint if it takes neither."""
+    if channels == 2 * vae.config.latent_channels + 1:
+        return True
+    check_latents(model, channels, vae)
+    return False

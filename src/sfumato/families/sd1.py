@@ -37,7 +37,7 @@ def load(model: Published, name: str) -> Model:
     network = common.build(model, "unet", SDUNet, config)
     tower = common.tower(model, "text_encoder", "tokenizer", projected=False)
     vae = common.autoencoder(model)
-    common.check_latents(model, config.in_channels, vae)
+    inpaints = common.inpaints(model, config.in_channels, vae)
     meaning, why = common.parameterization(scheduler)
 
     def encode(prompts: list[str]) -> dict[str, Tensor]:
@@ -55,6 +55,7 @@ def load(model: Published, name: str) -> Model:
         words=tower.spell,
         schedule=common.schedule(scheduler),
         parameterization=meaning,
+        inpaints=inpaints,
         max_pixels=1 << 22,
         spacings=common.spacings(scheduler),
         defaults=Defaults("dpmpp-2m", common.usual_spacing(scheduler), 25, 7.5, side, side),

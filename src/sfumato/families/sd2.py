@@ -41,15 +41,19 @@ def load(model: Published, name: str) -> Model:
     network = common.build(model, "unet", SDUNet, config)
     tower = common.tower(model, "text_encoder", "tokenizer", projected=False, pad=0)
     vae = common.autoencoder(model)
-    common.check_latents(model, config.in_channels, vae)
+    inpaints = common.inpaints(model, config.in_channels, vae)
     schedule = common.schedule(scheduler)
 
     def encode(prompts: list[str]) -> dict[str, Tensor]:
         return {"context": tower.states(*tower.ids(prompts), skip=None)[0]}
 
     def probe() -> tuple[str, str]:
+        latents = vae.config.latent_channels
+        told = (
+            {"picture": torch.cat([torch.ones(1, 1, 16, 16), torch.zeros(1, latents, 16, 16)], 1)} if inpaints else {}
+        )
         with torch.inference_mode():
-            return common.probe(network, schedule(schedule.t_max), config.in_channels, encode([""]))
+            return common.probe(network, schedule(schedule.t_max), latents, {**encode([""]), **told})
 
     meaning, why = common.parameterization(scheduler, probe)
     usual = common.side(model.configs["unet"], vae, 768 if meaning.name == "v" else 512)
@@ -67,6 +71,7 @@ def load(model: Published, name: str) -> Model:
         words=tower.spell,
         schedule=schedule,
         parameterization=meaning,
+        inpaints=inpaints,
         max_pixels=1 << 22,
         spacings=common.spacings(scheduler),
         defaults=defaults,

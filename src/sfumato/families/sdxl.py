@@ -39,7 +39,7 @@ def load(model: Published, name: str) -> Model:
     first = common.tower(model, "text_encoder", "tokenizer", projected=False)
     second = common.tower(model, "text_encoder_2", "tokenizer_2", projected=True, pad=0)
     vae = common.autoencoder(model)
-    common.check_latents(model, config.in_channels, vae)
+    inpaints = common.inpaints(model, config.in_channels, vae)
     meaning, why = common.parameterization(scheduler)
     zeros = bool(model.configs[""].get("force_zeros_for_empty_prompt", True))
 
@@ -70,6 +70,7 @@ def load(model: Published, name: str) -> Model:
         words=first.spell,
         schedule=common.schedule(scheduler),
         parameterization=meaning,
+        inpaints=inpaints,
         max_pixels=1 << 23,
         situate=situate,
         spacings=common.spacings(scheduler),

@@ -222,6 +222,7 @@ class SDUNet(nn.Module):
         classes: Tensor | None = None,
         guidance: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
+        picture: Tensor | None = None,
     ) -> Tensor:
         """Return the network's output (B, C_out, H, W); its meaning is the parameterization's affair.
 
@@ -232,9 +233,10 @@ class SDUNet(nn.Module):
             classes: class numbers (B,), where the network has classes.
             guidance: embedded guidance scale (B, guidance_dim), for networks distilled with it.
             control: one tensor to add to each skip connection, in order of making, and one to the middle.
+            picture: for networks that inpaint, the mask and the masked picture's latents (B, 1 + C, H, W).
         """
         embedding = self.embed(clock, pooled, sizes, classes, guidance)
-        h = self.conv_in(x)
+        h = self.conv_in(x if picture is None else torch.cat([x, picture], dim=1))
         skips = [h]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):

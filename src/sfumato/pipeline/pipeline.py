@@ -210,6 +210,8 @@ class Pipeline:
         if scene.known is None:
             return alone
         x = q_sample(scene.known, noise, level)
+        if scene.mask is not None and request.strength == 1 and self.model.inpaints:
+            return alone  # it is told what is there
         return x if scene.mask is None or request.strength != 1 else scene.mask * alone + (1 - scene.mask) * x
 
     def _words(self, request: Request) -> dict[str, Tensor]:
