@@ -1,4 +1,4 @@
-"""Pictures from pictures against diffusers' own pipelines: the same noise, levels and mask, on every family that can."""
+"""Pictures from pictures against diffusers' own pipelines: the same noise, levels and mask."""
 
 from __future__ import annotations
 

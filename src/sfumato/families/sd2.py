@@ -49,9 +49,7 @@ def load(model: Published, name: str) -> Model:
 
     def probe() -> tuple[str, str]:
         latents = vae.config.latent_channels
-        told = (
-            {"picture": torch.cat([torch.ones(1, 1, 16, 16), torch.zeros(1, latents, 16, 16)], 1)} if inpaints else {}
-        )
+        told = {"picture": torch.zeros(1, 1 + latents, 16, 16)} if inpaints else {}
         with torch.inference_mode():
             return common.probe(network, schedule(schedule.t_max), latents, {**encode([""]), **told})
 

@@ -42,6 +42,7 @@ from sfumato.pipeline.canvas import Canvas, canvas_of, cover
 from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture, Pixels
 from sfumato.pipeline.request import Request
+from sfumato.pipeline.tiles import tiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,8 @@ class Scene:
 
 
 NOTHING = Scene()
+UNTILED, TILE = 1 << 20, 512  # pixels of a picture, and of a tile's side
+MIN_TILE = 8  # cells
 
 
 class Pipeline:
@@ -68,12 +71,16 @@ class Pipeline:
         model: the model; its network is put into evaluation mode.
         batch: how many pictures the network sees at once. 1 makes each picture the same to the last bit
             whatever it is made beside; more may be faster, and differ by rounding (about 2e-5).
+        tile: side in pixels of the tiles in which larger pictures go through the autoencoder; 0 for none. By default
+            pictures of more than ``UNTILED`` pixels go in tiles of ``TILE``.
     """
 
-    def __init__(self, model: Model, batch: int = 1) -> None:
+    def __init__(self, model: Model, batch: int = 1, tile: int | None = None) -> None:
         if batch < 1:
             raise BadRequest(f"batch must be at least 1, not {batch}")
-        self.model, self.batch = model, batch
+        if tile is not None and tile != 0 and tile < MIN_TILE * model.factor:
+            raise BadRequest(f"tile must be 0 or at least {MIN_TILE * model.factor} pixels, not {tile}")
+        self.model, self.batch, self.tile = model, batch, tile
         model.network.eval()
 
     def generate(self, prompt: str, **settings: Any) -> list[Picture]:
@@ -312,10 +319,19 @@ class Pipeline:
     def _encode(self, pictures: Tensor) -> Tensor:
         if self.model.encode_picture is None:
             raise BadRequest(f"model {self.model.name!r} has no encoder for pictures")
-        return self._finite(self.model.encode_picture, pictures.to(self.device))
+        return self._in_tiles(self.model.encode_picture, pictures.to(self.device), self.model.factor)
 
     def _decode(self, x: Tensor) -> Tensor:
-        return self._finite(self.model.decode, x)
+        return self._in_tiles(self.model.decode, x, 1)
+
+    def _in_tiles(self, way: Callable[[Tensor], Tensor], x: Tensor, unit: int) -> Tensor:
+        """Go one way through the autoencoder, in tiles where the picture is large; a cell of x is ``unit`` wide."""
+        factor = self.model.factor
+        h, w = (side // unit * factor for side in x.shape[-2:])  # pixels
+        tile = (TILE if h * w > UNTILED else 0) if self.tile is None else self.tile
+        if not tile or factor == 1 or max(h, w) <= tile:
+            return self._finite(way, x)
+        return tiled(lambda part: self._finite(way, part), x, max(MIN_TILE, tile // factor), unit, factor / unit**2)
 
     def _finite(self, way: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Go one way through the autoencoder, and once more in a wider type if numbers overflow."""

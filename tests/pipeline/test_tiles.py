@@ -1,0 +1,97 @@
+"""An autoencoder by tiles: as at once for layers that see nearby, no seam for those that see all, memory for a tile."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sfumato.errors import BadRequest
+from sfumato.families.model import Model
+from sfumato.networks.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.pipeline.pipeline import Pipeline
+from sfumato.pipeline.tiles import places, ramp, tiled
+
+FACTOR = 4
+
+
+def near_sighted(x: torch.Tensor) -> torch.Tensor:
+    """A smooth decoder whose pixels depend on cells at most three away."""
+    kernel = torch.rand(3, 4, 5, 5, generator=torch.Generator().manual_seed(0)) - 0.4
+    y = F.interpolate(F.conv2d(x, kernel, padding=2), scale_factor=FACTOR, mode="bilinear")
+    return torch.tanh(F.avg_pool2d(y, 3, 1, 1))
+
+
+def latents(h: int, w: int) -> torch.Tensor:
+    return torch.randn(1, 4, h, w, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("h", "w"), [(16, 16), (40, 16), (17, 53), (100, 41)])
+def test_tiles_give_what_one_piece_gives(h: int, w: int) -> None:
+    shapes: list[Any] = []
+
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(x.shape[-2:]))
+        return near_sighted(x)
+
+    x = latents(h, w)
+    torch.testing.assert_close(tiled(decode, x, 40, 1, FACTOR), near_sighted(x), atol=1e-5, rtol=0)
+    assert max(max(s) for s in shapes) <= 40, "no more than a tile at once"
+    pictures = near_sighted(x)
+    encoded = tiled(lambda p: F.avg_pool2d(p, FACTOR), pictures, 12, FACTOR, 1 / FACTOR)
+    torch.testing.assert_close(encoded, F.avg_pool2d(pictures, FACTOR), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("length", "side"), itertools.product([1, 8, 9, 31, 64, 100], [8, 13, 64]))
+def test_tiles_cover_all_and_fade_into_each_other(length: int, side: int) -> None:
+    overlap, cell = max(1, side // 4), 4
+    starts = places(length, side, overlap)
+    assert starts[0] == 0
+    assert all(b - a <= side - overlap for a, b in itertools.pairwise(starts))
+    total = torch.zeros(length * cell)
+    for start in starts:
+        end = min(length, start + side)
+        total[start * cell : end * cell] += ramp(start, end, length, overlap, cell)
+    assert starts[-1] + side >= length
+    assert total.min() >= 1 - 1e-5
+
+
+def test_what_sees_the_whole_picture_leaves_no_seam() -> None:
+    """Group norms and attention differ from tile to tile; along the tiles' edges nothing jumps more than elsewhere."""
+    torch.manual_seed(0)
+    config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=4)
+    vae = Autoencoder(config).eval()
+    x = F.interpolate(torch.randn(1, 4, 6, 9), (48, 72), mode="bicubic")
+    with torch.inference_mode():
+        whole, parts = vae.decode(x), tiled(vae.decode, x, 32, 1, config.factor)
+    assert (whole - parts).abs().max() < 0.1 * whole.std() * 6, "a tenth of the picture's range"
+    jumps = (parts - whole).diff(dim=-1).abs()
+    assert jumps.max() < 0.25 * whole.diff(dim=-1).abs().max()
+
+
+def test_a_pipeline_tiles_what_is_larger_than_asked_for(tiny: Model) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(x.shape))
+        return near_sighted(torch.cat([x, x[:, :1]], 1))
+
+    latent = replace(tiny, decode=decode, factor=FACTOR, multiple=8, max_pixels=1 << 22)
+    x = latents(32, 32)[:, :3]
+    whole = Pipeline(latent, tile=0).pixels(x)[0]
+    assert shapes.pop() == (1, 3, 32, 32)
+    assert np.array_equal(Pipeline(latent).pixels(x)[0], whole), "by default only large ones are tiled"
+    shapes.clear()
+    pieces = Pipeline(latent, tile=96).pixels(x)[0]
+    assert set(shapes) == {(1, 3, 24, 24)}
+    assert np.abs(pieces.astype(int) - whole).max() <= 1
+    shapes.clear()
+    Pipeline(latent).pixels(latents(257, 257)[:, :3])
+    assert max(s[-1] for s in shapes) == 512 // FACTOR
+    with pytest.raises(BadRequest, match="tile must be"):
+        Pipeline(latent, tile=8)
