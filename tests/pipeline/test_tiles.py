@@ -82,13 +82,13 @@ def test_a_pipeline_tiles_what_is_larger_than_asked_for(tiny: Model) -> None:
         return near_sighted(torch.cat([x, x[:, :1]], 1))
 
     latent = replace(tiny, decode=decode, factor=FACTOR, multiple=8, max_pixels=1 << 22)
-    x = latents(32, 32)[:, :3]
+    x = latents(48, 48)[:, :3]
     whole = Pipeline(latent, tile=0).pixels(x)[0]
-    assert shapes.pop() == (1, 3, 32, 32)
+    assert shapes.pop() == (1, 3, 48, 48)
     assert np.array_equal(Pipeline(latent).pixels(x)[0], whole), "by default only large ones are tiled"
     shapes.clear()
-    pieces = Pipeline(latent, tile=96).pixels(x)[0]
-    assert set(shapes) == {(1, 3, 24, 24)}
+    pieces = Pipeline(latent, tile=144).pixels(x)[0]
+    assert set(shapes) == {(1, 3, 36, 36)}
     assert np.abs(pieces.astype(int) - whole).max() <= 1
     shapes.clear()
     Pipeline(latent).pixels(latents(257, 257)[:, :3])
