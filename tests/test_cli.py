@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -259,6 +260,20 @@ def test_a_phone_s_picture_is_turned_upright_and_that_is_said(run: Run, tiny_fil
     assert Picture.open("outputs/fox-1.png").pixels.shape == (20, 14, 3)
 
 
+def test_pictures_on_the_way_from_one_prompt_to_another(run: Run, tiny_file: Path) -> None:
+    words = ("interpolate", "fox", "--prompt-to", "house", "--model", tiny_file, "--seed", 1, "--scale", 1)
+    code, out, _ = run(*words, "--frames", 3, "--out", "m.png", "--film", "m.gif", "--json")
+    assert code == 0
+    paths = [p["path"] for p in json.loads(out)["pictures"]]
+    assert paths == ["m-1.png", "m-2.png", "m-3.png"]
+    pictures = [Picture.open(p) for p in paths]
+    assert [p.request.mix for p in pictures] == [0.0, 0.5, 1.0]
+    steps = [np.abs(a.pixels.astype(int) - b.pixels).mean() for a, b in itertools.pairwise(pictures)]
+    assert min(steps) > 0
+    assert Image.open("m.gif").n_frames == 3  # type: ignore[attr-defined]
+    assert run("replay", "m-2.png", "--model", tiny_file)[0] == 0
+
+
 def test_a_film_of_a_picture_that_is_enlarged_on_its_way(run: Run, tiny_file: Path) -> None:
     words = ("generate", "fox", "--model", tiny_file, "--seed", 1, "--hires", 2, "-n", 2, "--grid", "--scale", 1)
     assert run(*words, "--trajectory", "a.gif", "--out", "a.png")[0] == 0
@@ -296,6 +311,9 @@ BAD: list[tuple[list[str], int, str]] = [
     (["generate", "a", "--init", "film.gif"], 2, "init film.gif is empty"),
     (["generate", "a", "--strength", "0.5"], 2, "strength has no effect without init"),
     (["generate", "a", "--mask", "film.gif"], 2, "mask film.gif is empty"),
+    (["interpolate", "a"], 2, "needs --prompt-to"),
+    (["interpolate", "a", "--prompt-to", "b", "--frames", "1"], 2, "frames must be a whole number from 2"),
+    (["interpolate", "a", "--prompt-to", "b", "--mix", "0.5"], 2, "leave out --mix"),
     (["generate", "a", "--out", ""], 2, "empty"),
     (["generate", "a", "--out", "a.jpg"], 2, "must end in .png"),
     (["generate", "a", "--out", "a.png/"], 2, "must end in .png"),

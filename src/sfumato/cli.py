@@ -15,14 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sfumato.errors import BadCheckpoint, BadRequest, NoResources, SfumatoError
 from sfumato.files import cannot_write, write_atomically
 from sfumato.pipeline.inputs import PictureFile
-from sfumato.pipeline.request import Request
+from sfumato.pipeline.request import MAX_PICTURES, Request
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.tensors import Header
@@ -162,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--grid", action="store_true", help="one file with all n pictures instead of n files")
     sub.add_argument("--trajectory", metavar="FILE.gif", help="also write how the pictures came out of the noise")
 
+    sub = command("interpolate", _interpolate, "make pictures on the way from one prompt to another, of one seed")
+    add_request_flags(sub)
+    _add_model(sub)
+    _add_output(sub)
+    sub.add_argument("--frames", metavar="N", default="9", help="number of pictures, both ends included (default: 9)")
+    sub.add_argument("--film", metavar="FILE.gif", help="also write them as a film")
+
     sub = command("replay", _replay, "make a picture again from the request inside its PNG, and compare")
     sub.add_argument("picture", metavar="PICTURE.png")
     for f in fields(Request):
@@ -298,6 +305,28 @@ def _generate(args: argparse.Namespace) -> int:
     paths = [target.write(p, i, scale) for i, p in enumerate(pictures)]
     if film is not None:
         film.write_film(frames, scale or pictures[0].viewing_scale)
+    return _report(args, pictures, paths, {} if film is None else {"trajectory": str(film.file)})
+
+
+def _interpolate(args: argparse.Namespace) -> int:
+    request = request_of(args)
+    if not (args.frames.isdecimal() and 2 <= int(args.frames[:9]) <= MAX_PICTURES):
+        raise BadRequest(f"frames must be a whole number from 2 to {MAX_PICTURES}, not {args.frames[:40]!r}")
+    if request.prompt_to is None:
+        raise BadRequest("interpolate needs --prompt-to, the words to go towards")
+    if request.mix is not None or request.n != 1:
+        raise BadRequest("interpolate goes through every mix with one seed: leave out --mix and -n")
+    frames, scale = int(args.frames), _scale(args.scale)
+    target = Target.plan(args.out, args.force, files=frames)
+    film = None if args.film is None else Target.plan(args.film, args.force, files=1, suffix=".gif")
+    pipe = _load(args)
+    request = request.resolve(pipe.model)
+    _tell(request, pipe)
+    requests = [replace(request, mix=i / (frames - 1)) for i in range(frames)]
+    pictures = [picture for one in requests for picture in _run_with_progress(pipe, one, False)[0]]
+    paths = [target.write(p, i, scale) for i, p in enumerate(pictures)]
+    if film is not None:
+        film.write_film([p.pixels for p in pictures], scale or pictures[0].viewing_scale)
     return _report(args, pictures, paths, {} if film is None else {"trajectory": str(film.file)})
 
 

@@ -43,7 +43,10 @@ def asked(family: str, seed: int, distilled: bool) -> tuple[dict[str, Any], dict
     if family in ("sd1", "sd2", "sdxl"):
         return {"sampler": "ddim", "spacing": "leading", "guidance": 4.0}, {"guidance_scale": 4.0}
     w = 3.5 if family == "sd3" or distilled else 1.0
-    return {"sampler": "flow-euler", "spacing": "shift", "guidance": w}, {"guidance_scale": w}
+    return {"sampler": "flow-euler", "spacing": "shift", "guidance": w}, {
+        "guidance_scale": w,
+        "sigmas": [1 - i / STEPS for i in range(STEPS)],
+    }
 
 
 def pair(family: str, seed: int, tmp_path: Path, task: Any, inpaints: bool = False) -> tuple[Pipeline, Any]:

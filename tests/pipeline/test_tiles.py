@@ -61,17 +61,26 @@ def test_tiles_cover_all_and_fade_into_each_other(length: int, side: int) -> Non
     assert total.min() >= 1 - 1e-5
 
 
-def test_what_sees_the_whole_picture_leaves_no_seam() -> None:
-    """Group norms and attention differ from tile to tile; along the tiles' edges nothing jumps more than elsewhere."""
-    torch.manual_seed(0)
-    config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=4)
-    vae = Autoencoder(config).eval()
+@pytest.mark.parametrize("seed", range(2))
+def test_what_sees_the_whole_picture_leaves_no_seam(seed: int) -> None:
+    """Group norms and attention differ from tile to tile; yet along the tiles' edges the picture is as smooth as at
+    other places, where tiles laid side by side jump."""
+    torch.manual_seed(seed)
+    vae = Autoencoder(AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=4)).eval()
     x = F.interpolate(torch.randn(1, 4, 6, 9), (48, 72), mode="bicubic")
     with torch.inference_mode():
-        whole, parts = vae.decode(x), tiled(vae.decode, x, 32, 1, config.factor)
-    assert (whole - parts).abs().max() < 0.1 * whole.std() * 6, "a tenth of the picture's range"
-    jumps = (parts - whole).diff(dim=-1).abs()
-    assert jumps.max() < 0.25 * whole.diff(dim=-1).abs().max()
+        whole, faded = vae.decode(x), tiled(vae.decode, x, 32, 1, 2)
+        beside = torch.cat([vae.decode(part) for part in x.split(24, -1)], -1)
+
+    def jump(picture: torch.Tensor, edges: list[int]) -> float:
+        steps = picture.diff(dim=-1).abs().mean((0, 1, 2))
+        return float(steps[[2 * e - 1 for e in edges]].mean() / steps.mean())
+
+    starts = places(72, 32, 8)
+    edges = [*starts[1:], *(s + 32 for s in starts[:-1])]
+    assert jump(beside, [24, 48]) > 2
+    assert jump(faded, edges) < 1.3 * max(1.0, jump(whole, edges))
+    assert (faded - whole).abs().mean() < 0.3 * whole.std()
 
 
 def test_a_pipeline_tiles_what_is_larger_than_asked_for(tiny: Model) -> None:
