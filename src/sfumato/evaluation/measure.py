@@ -323,8 +323,8 @@ def _clip(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
         against, reference = f"{name}, {len(different)} captions", content_hash(different)
         ranks = [retrieval_ranks(torch.from_numpy(near), own.tolist()) for near in (found, real)]
         for k in (1, 5):
-            hits = (recall_at(r, k) for r in ranks)
-            yield from _mean_figures(y, split, f"caption R@{k}", against, reference, *hits, {})
+            hits, ceiling = (recall_at(r, k) for r in ranks)
+            yield from _mean_figures(y, split, f"caption R@{k}", against, reference, hits, ceiling, {})
 
 
 def _lpips(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
