@@ -1,7 +1,7 @@
 """Fashion-MNIST after the same few minutes of one core: Sfumato, denoising-diffusion-pytorch, smalldiffusion.
 
     pip install -e '.[bench]'
-    python bench/fashion_mnist.py DATA [--out runs/fashion-mnist] [--budget 300] [--n 1000] [--only NAME …] [key=value …]
+    python bench/fashion_mnist.py DATA [--out DIR] [--budget 300] [--n 1000] [--only NAME …] [key=value …]
 
 DATA is the folder of the four .gz files (Debian: dataset-fashion-mnist). The budget is CPU time, user and system, of
 one process with one thread, training alone, loading left out; so that other work beside it changes little. Sfumato
@@ -24,6 +24,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,11 @@ class Sfumato:
         def run(recipe: Recipe, name: str, limit: float) -> tuple[int, float]:
             """Train until done or over the limit, and return steps and CPU seconds."""
             task, watch = DenoiserTask(recipe, pictures, folder / name), Watch(limit)
-            try:
+            with suppress(Enough):
                 train(task, recipe, folder / name, watch)
-            except Enough:
-                pass
             return watch.steps, watch.clock.seconds
 
-        steps, spent = run(replace(recipe, steps=1 << 20), f"trial-{time.time_ns()}", self.trial)
+        steps, spent = run(replace(recipe, steps=1 << 20), f"trial-{time.time_ns()}", min(self.trial, budget / 5))
         steps = int((budget - spent) / spent * steps * 0.97)
         recipe = replace(recipe, steps=steps, checkpoint_every=1 << 30)
         task_steps, seconds = run(recipe, f"run-{steps}", float("inf"))
@@ -418,11 +417,9 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for name, spent, f in rows(args, recipe):
-        size = (
-            f"{spent['parameters'] / 1e6:.1f} | {spent['steps']} × {spent['batch']} | {spent['seconds']:.0f}"
-            if spent
-            else "| |"
-        )
+        size = "| |"
+        if spent:
+            size = f"{spent['parameters'] / 1e6:.1f} | {spent['steps']} × {spent['batch']} | {spent['seconds']:.0f}"
         lines.append(
             f"| {name} | {size} | {f['fd_train']:.1f} / {f['fd_test']:.1f} | {f['kid_train'] * 1e3:.1f} / "
             f"{f['kid_test'] * 1e3:.1f} ± {f['kid_test_error'] * 1e3:.1f} | {f.get('accuracy', float('nan')):.3f} |"
