@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red apple
 ARGS ?=
+PEERS := $(VENV)/peers
 
-.PHONY: image test check bench soak demo-train clean
+.PHONY: image test check bench fashion-mnist soak demo-train clean
 
 ## A picture from words, offline, with the embedded model: make image PROMPT="a red apple"
 image: $(VENV)/.installed
@@ -31,11 +32,21 @@ demo-train: $(VENV)/.installed-dev
 	$(BIN)/sfumato train recipes/demo/latent.yaml
 	$(BIN)/sfumato generate "a red apple" --model runs/demo-latent --seed 1
 
-## Measurements: order of convergence, cold start, training throughput
-bench: $(VENV)/.installed-dev
+## Measurements: order of convergence, cold start, training throughput; longer ones: see bench/*.py
+bench: $(VENV)/.installed-dev $(PEERS)/.installed
 	$(BIN)/python bench/convergence.py
 	$(BIN)/python bench/cold_start.py
-	$(BIN)/python bench/training.py
+	PYTHONPATH=$(PEERS) $(BIN)/python bench/training.py
+
+## Fashion-MNIST beside two peers after five minutes of a core each: make fashion-mnist DATA=/usr/share/datasets/fashion-mnist
+fashion-mnist: $(VENV)/.installed-dev $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) $(BIN)/python bench/fashion_mnist.py $(DATA) $(ARGS)
+
+# Beside the environment, not in it: with accelerate and torchvision installed, diffusers and transformers behave otherwise.
+PEER_PACKAGES := accelerate denoising-diffusion-pytorch smalldiffusion einops ema-pytorch psutil pytorch-fid torchvision
+$(PEERS)/.installed: $(VENV)/.installed-dev constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(PEERS) -c constraints.txt $(PEER_PACKAGES)
+	@touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Sfumato needs Python 3.11 or newer; name one with PYTHON=…" >&2; exit 2; }
