@@ -50,7 +50,7 @@ from sfumato.training.progress import Progress
 from sfumato.training.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes/fashion-mnist.yaml"
-REFERENCE, KID_REFERENCE, PART = 10_000, 4_000, 100
+KID_REFERENCE, PART = 4_000, 100
 
 
 def read(data: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -317,12 +317,12 @@ def classifier(data: Path, out: Path) -> Callable[[Tensor], Tensor]:
     return classes
 
 
-def measure(images: Tensor, labels: list[int] | None, data: Path, out: Path) -> dict[str, Any]:
+def measure(images: Tensor, labels: list[int] | None, data: Path, out: Path, reference: int) -> dict[str, Any]:
     """FD and KID against training and test pictures, and the share of classes that came out as asked for."""
     found: dict[str, Any] = {"n": len(images)}
     x = features(images, out)
     for split, name in (("train", "train"), ("test", "t10k")):
-        y = features(read(data, name)[0][:REFERENCE], out)
+        y = features(read(data, name)[0][:reference], out)
         found[f"fd_{split}"] = frechet_distance(moments(x), moments(y))
         distance = kid(x, y[:KID_REFERENCE], subsets=1)
         found[f"kid_{split}"], found[f"kid_{split}_error"] = distance.value, distance.error
@@ -391,12 +391,18 @@ def rows(args: argparse.Namespace, recipe: Recipe) -> Iterator[tuple[str, dict[s
         images, labels = pictures_of(contender, folder, args.n)
         contact_sheet(images, folder / "pictures.png")
         asked = labels if contender.conditional else None
-        figures = kept(folder / f"figures-{args.n}.json", lambda i=images, a=asked: measure(i, a, args.data, args.out))
+        figures = kept(
+            folder / f"figures-{args.n}-{args.reference}.json",
+            lambda i=images, a=asked: measure(i, a, args.data, args.out, args.reference),
+        )
         print(f"{name}: {figures}", flush=True)
         yield name, spent, figures
     if not args.only:
-        images, labels = (v[REFERENCE : REFERENCE + args.n] for v in read(args.data, "train"))
-        figures = kept(args.out / f"real-{args.n}.json", lambda: measure(images, labels.tolist(), args.data, args.out))
+        images, labels = (v[args.reference : args.reference + args.n] for v in read(args.data, "train"))
+        figures = kept(
+            args.out / f"real-{args.n}-{args.reference}.json",
+            lambda: measure(images, labels.tolist(), args.data, args.out, args.reference),
+        )
         yield "real training pictures", {}, figures
 
 
@@ -407,12 +413,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/fashion-mnist"))
     parser.add_argument("--budget", type=float, default=300.0, help="CPU seconds of training")
     parser.add_argument("--n", type=int, default=1000, help="pictures to compare, a multiple of 100")
+    parser.add_argument("--reference", type=int, default=10_000, help="real pictures of either split to compare with")
     parser.add_argument("--only", nargs="*", default=[], help="these contenders alone")
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     recipe = load_recipe(RECIPE, ["grid_every=0", "threads=0", *args.overrides])
     lines = [
-        f"| {args.budget:.0f} CPU s, {args.n} pictures | M parameters | steps × batch | CPU s | FD-lite0 train / test "
+        f"| {args.budget:.0f} CPU s, {args.n} pictures against {args.reference} | M parameters | steps × batch | CPU s | FD-lite0 train / test "
         "| KID·10³ train / test | accuracy |",
         "|---|---|---|---|---|---|---|",
     ]

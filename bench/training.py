@@ -1,7 +1,8 @@
 """Pictures per second of one U-Net under Sfumato's trainer, diffusers' loop and denoising-diffusion-pytorch's Trainer.
 
     pip install -e '.[bench]'         # without the peers, ours alone is measured
-    python bench/training.py [--precision bf16 fp32] [--rounds 3] [--steps 2] [--batch 16] [--profile]
+    python bench/training.py [--precision bf16 fp32] [--rounds 3] [--steps 2] [--batch 16] [--widths 128 160 224]
+                              [--profile]
 
 The U-Net is Stable Diffusion's in small: 25 million parameters at 32×32, attention to itself and to words at 16×16 and
 8×8. The peers' loops train diffusers' class of it, ours trains our own, from the same weights; that both give the
@@ -19,7 +20,7 @@ import argparse
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,7 +41,8 @@ from sfumato.training.objective import DenoisingObjective, Losses
 from sfumato.training.progress import Progress
 from sfumato.training.recipe import ObjectiveConfig, Recipe
 
-SIZE, WIDTHS, HEADS, WORDS = 32, (128, 160, 224), 4, (8, 128)
+SIZE, HEADS, WORDS = 32, 4, (8, 128)
+WIDTHS = (128, 160, 224)  # 25 million parameters
 
 
 # ── the network, ours and theirs ───────────────────────────────────────────────────────────────────────
@@ -49,12 +51,12 @@ SIZE, WIDTHS, HEADS, WORDS = 32, (128, 160, 224), 4, (8, 128)
 class Ours(nn.Module):
     """Our U-Net under words that are always the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        levels = len(WIDTHS)
+        levels = len(widths)
         self.unet = SDUNet(
             SDUNetConfig(
-                3, 3, WIDTHS, (2,) * levels, (0, 1, 1), (1, 1, 0), heads=(HEADS,) * levels,
+                3, 3, tuple(widths), (2,) * levels, (0, 1, 1), (1, 1, 0), heads=(HEADS,) * levels,
                 context_dim=(WORDS[1],) * levels, self_attention=(True,) * levels,
             )
         )  # fmt: skip
@@ -71,12 +73,12 @@ class Theirs(nn.Module):
     channels = out_dim = 3
     self_condition = False
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         self.unet = UNet2DConditionModel(
-            sample_size=SIZE, in_channels=3, out_channels=3, block_out_channels=WIDTHS, layers_per_block=2,
+            sample_size=SIZE, in_channels=3, out_channels=3, block_out_channels=tuple(widths), layers_per_block=2,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=WORDS[1], attention_head_dim=HEADS,
@@ -148,10 +150,12 @@ class Stepwise(Progress):
 # ── contenders ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def contenders(pictures: Pictures, batch: int, bf16: bool, folder: Path) -> tuple[dict[str, Callable[[], Any]], Ours]:
+def contenders(
+    pictures: Pictures, widths: Sequence[int], batch: int, bf16: bool, folder: Path
+) -> tuple[dict[str, Callable[[], Any]], Ours]:
     """What takes one step of each loop, and our network."""
     torch.manual_seed(0)
-    ours = Ours()
+    ours = Ours(widths)
     found: dict[str, Callable[[], Any]] = {}
     recipe = Recipe(
         batch=batch, steps=1 << 20, precision="bf16" if bf16 else "fp32", log_every=1 << 30, checkpoint_every=1 << 30
@@ -167,7 +171,7 @@ def contenders(pictures: Pictures, batch: int, bf16: bool, folder: Path) -> tupl
         print(f"without the peers ({e}): pip install -e '.[bench]'")
         return found, ours
 
-    theirs = [Theirs() for _ in range(2)]
+    theirs = [Theirs(widths) for _ in range(2)]
     for one in theirs:
         one.load_state_dict(ours.state_dict())
     x, t = torch.randn(2, 3, SIZE, SIZE), torch.tensor([10.0, 900.0])
@@ -220,7 +224,7 @@ def pictures_per_second(step: Callable[[], Any], steps: int, batch: int) -> floa
 
 
 def compare(pictures: Pictures, args: argparse.Namespace, bf16: bool, folder: Path) -> None:
-    found, ours = contenders(pictures, args.batch, bf16, folder)
+    found, ours = contenders(pictures, args.widths, args.batch, bf16, folder)
     with FlopCounterMode(display=False) as counter:
         ours(torch.randn(2, 3, SIZE, SIZE), torch.rand(2)).mean().backward()
     ours.zero_grad()
@@ -258,6 +262,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="of each loop in a round")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS, help="channels of the U-Net, multiples of 32")
     parser.add_argument("--profile", action="store_true", help="show where one step of ours spends its time")
     args = parser.parse_args()
     torch.set_num_threads(1)
