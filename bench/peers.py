@@ -5,9 +5,10 @@ pip install -e '.[bench]'
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,13 @@ def lucidrains_trainer(network: nn.Module, folder: Path, results: Path, size: in
 
 @contextmanager
 def silent_bars() -> Iterator[None]:
-    """Keep tqdm's bars off the terminal."""
+    """Keep tqdm's bars, and what a Trainer prints at the end of every call, off the terminal."""
     from tqdm import std
 
     write, std.tqdm.display = std.tqdm.display, lambda *args, **kwargs: True  # type: ignore[method-assign]
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         std.tqdm.display = write  # type: ignore[method-assign]
 
