@@ -75,7 +75,7 @@ def read_folder(
         own = weight_files(folder, variant, allow_pickle=allow_pickle)
         files += own
         if weights:
-            tensors[component] = _tidy(component, _merge(own, allow_pickle))
+            tensors[component] = tidy(component, _merge(own, allow_pickle))
     if (path / "scheduler").is_dir():
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
     tokenizers = {c: read_tokenizer(path / c) for c in TOKENIZERS if (path / c).is_dir()}
@@ -158,7 +158,7 @@ def _merge(files: list[Path], allow_pickle: bool) -> dict[str, Tensor]:
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before 2023
 
 
-def _tidy(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tidy(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give tensors the names of today: older files have others, and some that follow from the rest."""
     tidy = {}
     for name, tensor in tensors.items():

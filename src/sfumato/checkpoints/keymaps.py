@@ -167,6 +167,23 @@ def unet(config: Json) -> Iterator[Place]:
             k += 1
 
 
+def controlnet(config: Json) -> Iterator[Place]:
+    """A ControlNet under the names of latent diffusion's U-Net."""
+    types = config["down_block_types"]
+    up = ["CrossAttnUpBlock2D" if "CrossAttn" in t else "UpBlock2D" for t in reversed(types)]
+    for place in unet({**config, "up_block_types": up}):
+        if not place.theirs.startswith(("output_blocks.", "out.")):
+            yield place
+    hints = 2 * len(config["conditioning_embedding_out_channels"])
+    for i in range(hints):  # convolutions, with an activation after each but the last
+        ours = "conv_in" if i == 0 else "conv_out" if i == hints - 1 else f"blocks.{i - 1}"
+        yield from module(f"input_hint_block.{2 * i}", f"controlnet_cond_embedding.{ours}")
+    n = len(config["block_out_channels"])
+    for i in range(sum(_each(config["layers_per_block"], n)) + n):
+        yield from module(f"zero_convs.{i}.0", f"controlnet_down_blocks.{i}")
+    yield from module("middle_block_out.0", "controlnet_mid_block")
+
+
 def _each(value: Any, n: int) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] * n
 

@@ -83,7 +83,7 @@ def read_single_file(
     shapes = {name: info.shape for name, info in header.tensors.items()}
     layout = single_file_layout(set(shapes))
     if layout is None:
-        raise BadCheckpoint(f"{path}: {_describe_foreign(shapes)}")
+        raise BadCheckpoint(f"{path}: {describe_foreign(shapes)}")
     why = {"family": f"{layout.family}: it holds {layout.sign}"}
     tokenizers: Mapping[str, Mapping[str, str]] = {}
     if METADATA in header.metadata:
@@ -204,7 +204,7 @@ def _scheduler(layout: Layout, shapes: Shapes, metadata: Mapping[str, str], why:
     return scheduler
 
 
-def _describe_foreign(shapes: Shapes) -> str:
+def describe_foreign(shapes: Shapes) -> str:
     """Say what a file is that has no known layout."""
     names = " ".join(list(shapes)[:2000])
     for pattern, what in (
@@ -219,7 +219,7 @@ def _describe_foreign(shapes: Shapes) -> str:
     return f"holds no model that this version knows (its first tensor is {min(shapes, default='none')[:60]!r})"
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
+def count(shapes: Shapes, pattern: str) -> int:
     """1 + the largest number that stands at the group of a pattern, 0 if there is none."""
     found = re.compile(pattern)
     return 1 + max((int(m[1]) for name in shapes if (m := found.match(name))), default=-1)
@@ -231,7 +231,7 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
     blocks: list[int] = []
     depths: list[int] = []
     new, width = True, 0
-    for k in range(1, _count(s, r"input_blocks\.(\d+)\.")):
+    for k in range(1, count(s, r"input_blocks\.(\d+)\.")):
         if f"input_blocks.{k}.0.op.weight" in s:
             new = True
             continue
@@ -239,12 +239,12 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
         if new:
             widths, blocks, depths, new = [*widths, width], [*blocks, 0], [*depths, 0], False
         blocks[-1] += 1
-        depths[-1] = _count(s, rf"input_blocks\.{k}\.1\.transformer_blocks\.(\d+)\.")
+        depths[-1] = count(s, rf"input_blocks\.{k}\.1\.transformer_blocks\.(\d+)\.")
     depths_up, k = [], 0
-    for count in reversed(blocks):
-        depths_up.append(_count(s, rf"output_blocks\.{k}\.1\.transformer_blocks\.(\d+)\."))
-        k += count + 1
-    middle = _count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    for n in reversed(blocks):
+        depths_up.append(count(s, rf"output_blocks\.{k}\.1\.transformer_blocks\.(\d+)\."))
+        k += n + 1
+    middle = count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     attn = next(name for name in sorted(s) if name.endswith("attn2.to_k.weight"))
     linear = len(s["middle_block.1.proj_in.weight"]) == 2
     vector = s["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in s else 0
@@ -278,7 +278,7 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
 
 def describe_autoencoder(s: Shapes) -> dict[str, Any]:
     """Latent diffusion's KL autoencoder, but for the scale of its latents."""
-    n = _count(s, r"encoder\.down\.(\d+)\.")
+    n = count(s, r"encoder\.down\.(\d+)\.")
     widths = [s[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(n)]
     return {
         "_class_name": "AutoencoderKL",
@@ -288,7 +288,7 @@ def describe_autoencoder(s: Shapes) -> dict[str, Any]:
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * n,
         "up_block_types": ["UpDecoderBlock2D"] * n,
-        "layers_per_block": _count(s, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count(s, r"encoder\.down\.0\.block\.(\d+)\."),
         "norm_num_groups": math.gcd(32, *widths),
         "use_quant_conv": "quant_conv.weight" in s,
         "use_post_quant_conv": "post_quant_conv.weight" in s,
@@ -322,7 +322,7 @@ def describe_clip(s: Shapes) -> dict[str, Any]:
             dim,
             positions,
             s["text_model.embeddings.token_embedding.weight"][0],
-            _count(s, r"text_model\.encoder\.layers\.(\d+)\."),
+            count(s, r"text_model\.encoder\.layers\.(\d+)\."),
             s["text_model.encoder.layers.0.mlp.fc1.weight"][0],
             s["text_projection.weight"][0] if "text_projection.weight" in s else 0,
         ),
@@ -338,7 +338,7 @@ def describe_open_clip(s: Shapes, skipped: int = 0, projected: bool = True) -> d
             dim,
             positions,
             s["token_embedding.weight"][0],
-            _count(s, r"transformer\.resblocks\.(\d+)\.") - skipped,
+            count(s, r"transformer\.resblocks\.(\d+)\.") - skipped,
             s["transformer.resblocks.0.mlp.c_fc.weight"][0],
             s["text_projection"][1] if projected else 0,
         ),
@@ -366,7 +366,7 @@ def describe_t5(s: Shapes) -> dict[str, Any]:
         "d_model": dim,
         "d_kv": s["encoder.block.0.layer.0.SelfAttention.q.weight"][0] // heads,
         "d_ff": s["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1],
-        "num_layers": _count(s, r"encoder\.block\.(\d+)\."),
+        "num_layers": count(s, r"encoder\.block\.(\d+)\."),
         "num_heads": heads,
         "feed_forward_proj": "gated-gelu" if gated else "relu",
     }
@@ -375,7 +375,7 @@ def describe_t5(s: Shapes) -> dict[str, Any]:
 def describe_mmdit(s: Shapes) -> dict[str, Any]:
     """Stable Diffusion 3's transformer; heads are of 64 where no norm of theirs tells."""
     dim, channels, patch, _ = s["x_embedder.proj.weight"]
-    layers = _count(s, r"joint_blocks\.(\d+)\.")
+    layers = count(s, r"joint_blocks\.(\d+)\.")
     normalized = "joint_blocks.0.x_block.attn.ln_q.weight" in s
     head_dim = s["joint_blocks.0.x_block.attn.ln_q.weight"][0] if normalized else 64
     return {
@@ -405,8 +405,8 @@ def describe_flux(s: Shapes) -> dict[str, Any]:
         "patch_size": 1,
         "in_channels": channels,
         "out_channels": s["final_layer.linear.weight"][0],
-        "num_layers": _count(s, r"double_blocks\.(\d+)\."),
-        "num_single_layers": _count(s, r"single_blocks\.(\d+)\."),
+        "num_layers": count(s, r"double_blocks\.(\d+)\."),
+        "num_single_layers": count(s, r"single_blocks\.(\d+)\."),
         "attention_head_dim": head_dim,
         "num_attention_heads": dim // head_dim,
         "joint_attention_dim": s["txt_in.weight"][1],

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from sfumato.errors import BadCheckpoint
 from sfumato.networks.autoencoder import AutoencoderConfig, TinyAutoencoderConfig
+from sfumato.networks.controlnet import ControlNetConfig
 from sfumato.networks.dit import DiTConfig
 from sfumato.networks.flux import FluxConfig
 from sfumato.networks.mmdit import MMDiTConfig
@@ -100,6 +101,17 @@ def sd_unet_config(c: Json) -> SDUNetConfig:
         eps=c.get("norm_eps", 1e-5),
         sines_first=not c.get("flip_sin_to_cos", True),
         frequency_shift=c.get("freq_shift", 0),
+    )
+
+
+@_reader("ControlNet")
+def controlnet_config(c: Json) -> ControlNetConfig:
+    """A ControlNet, from a ``ControlNetModel``'s configuration."""
+    _only(c, controlnet_conditioning_channel_order="rgb", global_pool_conditions=False)
+    return ControlNetConfig(
+        unet=sd_unet_config({k: v for k, v in c.items() if k not in ("out_channels", "up_block_types")}),
+        hint_channels=c.get("conditioning_channels", 3),
+        hint_widths=tuple(c.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)),
     )
 
 

@@ -188,7 +188,8 @@ class TinyAutoencoderConfig:
     """The shape of a tiny autoencoder (TAESD and its kin).
 
     Args:
-        encoder_blocks, decoder_blocks: residual blocks per resolution, in the order in which they are run.
+        encoder_blocks, decoder_blocks: residual blocks per resolution, in the order in which they are run; none for
+            one that only decodes.
         encoder_widths, decoder_widths: channels per resolution, in the same order.
         scale, shift: from its latents to the denoiser's x = (z − shift)·scale.
     """
@@ -263,13 +264,32 @@ class TinyAutoencoder(nn.Module):
     def __init__(self, config: TinyAutoencoderConfig):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = _tiny_encoder(config), _tiny_decoder(config)
+        self.encoder = _tiny_encoder(config) if config.encoder_blocks else None
+        self.decoder = _tiny_decoder(config)
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pictures in [−1, 1] → the denoiser's x; it has no variance, so that noise is not used."""
+        if self.encoder is None:
+            raise ValueError("this autoencoder only decodes")
         return (self.encoder((pictures + 1) / 2) - self.config.shift) * self.config.scale
 
     def decode(self, x: Tensor) -> Tensor:
         """The denoiser's x (B, C, h, w) → pictures (B, 3, f·h, f·w); latents are held softly within [−3, 3]."""
         z = x / self.config.scale + self.config.shift
         return self.decoder(torch.tanh(z / 3) * 3) * 2 - 1
+
+
+class Halves(nn.Module):
+    """One autoencoder's way to latents and another's way back, over the same latents."""
+
+    def __init__(self, encoder: Autoencoder | TinyAutoencoder, decoder: Autoencoder | TinyAutoencoder):
+        super().__init__()
+        self.first, self.second, self.config = encoder, decoder, encoder.config
+
+    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
+        """As the first does."""
+        return self.first.encode(pictures, noise)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """As the second does."""
+        return self.second.decode(x)

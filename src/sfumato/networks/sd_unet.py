@@ -178,8 +178,8 @@ class Middle(nn.Module):
         return x
 
 
-class SDUNet(nn.Module):
-    """Split noisy latents, told their noise level by the clock and their content by words."""
+class Contraction(nn.Module):
+    """The way down and the middle, which a U-Net and its ControlNets have alike."""
 
     def __init__(self, config: SDUNetConfig):
         super().__init__()
@@ -194,12 +194,61 @@ class SDUNet(nn.Module):
 
         last = len(c.widths) - 1
         self.down_blocks = nn.ModuleList()
-        skips = [c.widths[0]]
+        self.skip_widths = [c.widths[0]]  # channels of each skip connection, in order of making
         for i, width in enumerate(c.widths):
-            inputs = [skips[-1]] + [width] * (c.blocks[i] - 1)
+            inputs = [self.skip_widths[-1]] + [width] * (c.blocks[i] - 1)
             self.down_blocks.append(Level(inputs, width, embedding, i, c.depth[i], c, down=i < last))
-            skips += [width] * (c.blocks[i] + (i < last))
+            self.skip_widths += [width] * (c.blocks[i] + (i < last))
         self.mid_block = Middle(embedding, c) if c.middle else None
+
+    def contract(
+        self, h: Tensor, embedding: Tensor, context: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """From what ``conv_in`` gave to the middle's output and all skip connections, in order of making."""
+        skips = [h]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                h = level.apply_block(i, h, embedding, context, mask)
+                skips.append(h)
+            if hasattr(level, "downsamplers"):
+                h = level.downsamplers[0](h)
+                skips.append(h)
+        if self.mid_block is not None:
+            h = self.mid_block(h, embedding, context, mask)
+        return h, skips
+
+    def embed(
+        self,
+        clock: Tensor,
+        pooled: Tensor | None,
+        sizes: Tensor | None,
+        classes: Tensor | None,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        """The embedding (B, E), through its SiLU, by which every residual block is shifted."""
+        c = self.config
+        embedding = self.time_embedding(self._sinusoids(clock, c.widths[0]), guidance)
+        if c.classes:
+            if classes is None:
+                raise ValueError("this U-Net needs classes")
+            embedding = embedding + self.class_embedding(classes)
+        if c.vector:
+            if pooled is None or sizes is None:
+                raise ValueError("this U-Net needs pooled words and sizes")
+            waves = self._sinusoids(sizes.flatten(), c.size_dim).reshape(len(sizes), -1)  # (B, 6·size_dim)
+            embedding = embedding + self.add_embedding(torch.cat([pooled, waves.to(pooled.dtype)], dim=-1))
+        return F.silu(embedding)
+
+    def _sinusoids(self, t: Tensor, dim: int) -> Tensor:
+        return sinusoids(t, dim, self.config.frequency_shift, self.config.sines_first)
+
+
+class SDUNet(Contraction):
+    """Split noisy latents, told their noise level by the clock and their content by words."""
+
+    def __init__(self, config: SDUNetConfig):
+        super().__init__(config)
+        c, embedding, skips = config, 4 * config.widths[0], list(self.skip_widths)
         self.up_blocks = nn.ModuleList()
         channels = c.widths[-1]
         for k, i in enumerate(reversed(range(len(c.widths)))):
@@ -236,17 +285,8 @@ class SDUNet(nn.Module):
             picture: for networks that inpaint, the mask and the masked picture's latents (B, 1 + C, H, W).
         """
         embedding = self.embed(clock, pooled, sizes, classes, guidance)
-        h = self.conv_in(x if picture is None else torch.cat([x, picture], dim=1))
-        skips = [h]
-        for level in self.down_blocks:
-            for i in range(len(level.resnets)):
-                h = level.apply_block(i, h, embedding, context, mask)
-                skips.append(h)
-            if hasattr(level, "downsamplers"):
-                h = level.downsamplers[0](h)
-                skips.append(h)
-        if self.mid_block is not None:
-            h = self.mid_block(h, embedding, context, mask)
+        noisy = x if picture is None else torch.cat([x, picture], dim=1)
+        h, skips = self.contract(self.conv_in(noisy), embedding, context, mask)
         if control is not None:
             skips = [a + b for a, b in zip(skips, control[:-1], strict=True)]
             h = h + control[-1]
@@ -256,28 +296,3 @@ class SDUNet(nn.Module):
             if hasattr(level, "upsamplers"):
                 h = level.upsamplers[0](h, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(h)))
-
-    def embed(
-        self,
-        clock: Tensor,
-        pooled: Tensor | None,
-        sizes: Tensor | None,
-        classes: Tensor | None,
-        guidance: Tensor | None,
-    ) -> Tensor:
-        """The embedding (B, E), through its SiLU, by which every residual block is shifted."""
-        c = self.config
-        embedding = self.time_embedding(self._sinusoids(clock, c.widths[0]), guidance)
-        if c.classes:
-            if classes is None:
-                raise ValueError("this U-Net needs classes")
-            embedding = embedding + self.class_embedding(classes)
-        if c.vector:
-            if pooled is None or sizes is None:
-                raise ValueError("this U-Net needs pooled words and sizes")
-            waves = self._sinusoids(sizes.flatten(), c.size_dim).reshape(len(sizes), -1)  # (B, 6·size_dim)
-            embedding = embedding + self.add_embedding(torch.cat([pooled, waves.to(pooled.dtype)], dim=-1))
-        return F.silu(embedding)
-
-    def _sinusoids(self, t: Tensor, dim: int) -> Tensor:
-        return sinusoids(t, dim, self.config.frequency_shift, self.config.sines_first)

@@ -1,0 +1,210 @@
+"""One network alone, to go with a model: a ControlNet or an autoencoder, from a folder or a single file.
+
+| network          | folder, and its names in files | files under their makers' names                                 |
+|------------------|--------------------------------|-----------------------------------------------------------------|
+| ControlNet       | ControlNetModel                | Zhang's, ``control_model.*`` or without the prefix              |
+| KL autoencoder   | AutoencoderKL                  | latent diffusion's, ``encoder.down.*``                          |
+| tiny autoencoder | AutoencoderTiny                | TAESD's ``1.weight`` …, the decoder alone or both with prefixes |
+
+A file's names and shapes tell which it is; its name does not.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.checkpoints import keymaps
+from sfumato.checkpoints.folder import tidy, weight_files
+from sfumato.checkpoints.formats import weights
+from sfumato.checkpoints.keymaps import to_ours
+from sfumato.checkpoints.published import Json, read_json
+from sfumato.checkpoints.single_file import Shapes, count, describe_autoencoder, describe_foreign, describe_unet
+from sfumato.errors import BadCheckpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PartOfModel:
+    """A network's configuration, its tensors under the folders' names, and the files that hold them."""
+
+    config: Json
+    tensors: Mapping[str, Tensor]
+    files: tuple[Path, ...]
+
+
+def read_controlnet(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
+    """Read a ControlNet; BadCheckpoint, naming the file, for what is none."""
+    if path.is_dir():
+        return _folder(path, "ControlNetModel", allow_pickle)
+    raw = {k.removeprefix("control_model."): t for k, t in _tensors(path, allow_pickle).items() if _is_control(k)}
+    shapes = {k: tuple(t.shape) for k, t in raw.items()}
+    try:
+        if "controlnet_cond_embedding.conv_in.weight" in raw:
+            return PartOfModel(_describe_controlnet(shapes), raw, (path,))
+        if "input_hint_block.0.weight" in raw:
+            config = _describe_original_controlnet(shapes)
+            places = list(keymaps.controlnet(config))
+            if left := raw.keys() - {p.theirs for p in places}:
+                raise BadCheckpoint(f"{path}: {len(left)} tensors have no place in a ControlNet: {min(left)}")
+            return PartOfModel(config, to_ours(raw, places), (path,))
+    except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
+        raise BadCheckpoint(f"{path}: the ControlNet is not whole: {e} is missing or misshaped") from None
+    raise BadCheckpoint(f"{path}: no ControlNet: {describe_foreign(shapes)}")
+
+
+def read_autoencoder(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
+    """Read an autoencoder, the KL one or the tiny one, whole or the decoder alone; BadCheckpoint for what is none."""
+    if path.is_dir():
+        return _folder(path, "AutoencoderKL or AutoencoderTiny", allow_pickle)
+    raw = _tensors(path, allow_pickle)
+    prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in raw) else ""
+    raw = {k.removeprefix(prefix): t for k, t in raw.items() if k.startswith(prefix)}
+    raw = {k: t for k, t in raw.items() if not re.match(r"loss\.|model_ema\.", k)}
+    shapes = {k: tuple(t.shape) for k, t in raw.items()}
+    try:
+        if "encoder.down.0.block.0.conv1.weight" in raw:
+            config = describe_autoencoder(shapes)
+            places = list(keymaps.autoencoder(config))
+            if left := raw.keys() - {p.theirs for p in places}:
+                raise BadCheckpoint(f"{path}: {len(left)} tensors have no place in an autoencoder: {min(left)}")
+            return PartOfModel(config, to_ours(raw, places), (path,))
+        if "encoder.down_blocks.0.resnets.0.conv1.weight" in raw:
+            return PartOfModel(_describe_kl(shapes), tidy("vae", raw), (path,))
+        if (tiny := _tiny(raw)) is not None:
+            shapes = {k: tuple(t.shape) for k, t in tiny.items()}
+            return PartOfModel(_describe_tiny(shapes), tiny, (path,))
+    except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
+        raise BadCheckpoint(f"{path}: the autoencoder is not whole: {e} is missing or misshaped") from None
+    raise BadCheckpoint(f"{path}: no autoencoder: {describe_foreign(shapes)}")
+
+
+def _tensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    return weights(path, allow_pickle=allow_pickle)
+
+
+def _folder(path: Path, what: str, allow_pickle: bool) -> PartOfModel:
+    config = read_json(path / "config.json")
+    if config.get("_class_name") not in what.split(" or "):
+        raise BadCheckpoint(f"{path}: its config.json is of {str(config.get('_class_name'))[:60]!r}, not of {what}")
+    files = weight_files(path, allow_pickle=allow_pickle)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= weights(file, allow_pickle=allow_pickle)
+    return PartOfModel(config, tidy("vae", tensors) if "Autoencoder" in what else tensors, tuple(files))
+
+
+def _is_control(name: str) -> bool:
+    """Published ControlNets of the first days carry the model they were trained on as well."""
+    return not name.startswith(("model.", "first_stage_model.", "cond_stage_model.", "model_ema")) and name not in (
+        "logvar", "lora_controlnet",
+    )  # fmt: skip
+
+
+def _describe_original_controlnet(s: Shapes) -> dict[str, Any]:
+    hints = sorted(int(m[1]) for k in s if (m := re.fullmatch(r"input_hint_block\.(\d+)\.weight", k)))
+    widths = [s[f"input_hint_block.{i}.weight"][0] for i in hints[:-1]]
+    unet = describe_unet({**s, "out.2.weight": s["input_blocks.0.0.weight"]})
+    return _control(unet, widths[0::2], s["input_hint_block.0.weight"][1])
+
+
+def _describe_controlnet(s: Shapes) -> dict[str, Any]:
+    """A configuration from the folders' names, for files that left theirs behind."""
+    n = count(s, r"down_blocks\.(\d+)\.")
+    widths = [s[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(n)]
+    blocks = [count(s, rf"down_blocks\.{i}\.resnets\.(\d+)\.") for i in range(n)]
+    depths = [count(s, rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.") for i in range(n)]
+    middle = count(s, r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
+    hints = count(s, r"controlnet_cond_embedding\.blocks\.(\d+)\.") // 2
+    hint_widths = [s["controlnet_cond_embedding.conv_in.weight"][0]]
+    hint_widths += [s[f"controlnet_cond_embedding.blocks.{2 * i + 1}.weight"][0] for i in range(hints)]
+    linear = len(s["mid_block.attentions.0.proj_in.weight"]) == 2
+    vector = s["add_embedding.linear_1.weight"][1] if "add_embedding.linear_1.weight" in s else 0
+    layers = [*depths[:-1], middle or depths[-1]]
+    unet = {
+        "in_channels": s["conv_in.weight"][1],
+        "block_out_channels": widths,
+        "layers_per_block": blocks[0] if len(set(blocks)) == 1 else blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
+        "transformer_layers_per_block": [d or 1 for d in layers],
+        "cross_attention_dim": s["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1],
+        "use_linear_projection": linear,
+        "attention_head_dim": [max(1, w // 64) for w in widths] if linear else 8,
+        "norm_num_groups": math.gcd(32, *widths),
+        "addition_embed_type": "text_time" if vector else None,
+        "addition_time_embed_dim": 256 if vector else None,
+        "projection_class_embeddings_input_dim": vector or None,
+    }
+    return _control(unet, hint_widths, s["controlnet_cond_embedding.conv_in.weight"][1])
+
+
+UP = "reverse_transformer_layers_per_block"
+
+
+def _control(unet: Mapping[str, Any], widths: list[int], channels: int) -> dict[str, Any]:
+    kept = {k: v for k, v in unet.items() if k not in ("up_block_types", "out_channels", "sample_size", UP)}
+    return {
+        **kept,
+        "_class_name": "ControlNetModel",
+        "conditioning_embedding_out_channels": widths,
+        "conditioning_channels": channels,
+        "read from shapes": True,
+    }
+
+
+def _describe_kl(s: Shapes) -> dict[str, Any]:
+    n = count(s, r"encoder\.down_blocks\.(\d+)\.")
+    widths = [s[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(n)]
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": s["encoder.conv_in.weight"][1],
+        "out_channels": s["decoder.conv_out.weight"][0],
+        "latent_channels": s["decoder.conv_in.weight"][1],
+        "block_out_channels": widths,
+        "layers_per_block": count(s, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "norm_num_groups": math.gcd(32, *widths),
+        "use_quant_conv": "quant_conv.weight" in s,
+        "use_post_quant_conv": "post_quant_conv.weight" in s,
+        "mid_block_add_attention": any(k.startswith("encoder.mid_block.attentions.0.") for k in s),
+    }
+
+
+def _tiny(raw: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tiny autoencoder's tensors under the folder's names; None if it is none.
+
+    Its makers number a decoder's layers from the clamp before the first.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in raw.items():
+        m = re.fullmatch(r"(?:(?:taesd_)?(encoder|decoder)\.)?(layers\.)?(\d+)\.(.+)", name)
+        if not m:
+            return None
+        half = m[1] or ("decoder" if "1.weight" in raw else "encoder")
+        shifted = half == "decoder" and not m[2]
+        result[f"{half}.layers.{int(m[3]) - shifted}.{m[4]}"] = tensor
+    return result or None
+
+
+def _describe_tiny(s: Shapes) -> dict[str, Any]:
+    config: dict[str, Any] = {"_class_name": "AutoencoderTiny", "in_channels": 3, "out_channels": 3}
+    for half in ("encoder", "decoder"):
+        last = count(s, rf"{half}\.layers\.(\d+)\.") - 1
+        if last < 0:
+            continue
+        blocks, widths = [0], [s[f"{half}.layers.0.weight"][0]]
+        for i in range(1, last):
+            if f"{half}.layers.{i}.conv.0.weight" in s:
+                blocks[-1] += 1
+            elif f"{half}.layers.{i}.weight" in s and f"{half}.layers.{i}.bias" not in s:
+                blocks.append(0)
+                widths.append(s[f"{half}.layers.{i}.weight"][0])
+        config |= {f"num_{half}_blocks": blocks, f"{half}_block_out_channels": widths}
+        first, final = s[f"{half}.layers.0.weight"], s[f"{half}.layers.{last}.weight"]
+        config["latent_channels"] = final[0] if half == "encoder" else first[1]
+    return config
