@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("picture", metavar="PICTURE.png")
     for f in fields(Request):
         if str(f.type).startswith("PictureFile"):
-            sub.add_argument(f"--{f.name}", metavar="PICTURE", help=f"where its {f.name} picture lies now")
+            sub.add_argument(*f.metadata["flags"], metavar="PICTURE", help=f"where its {f.name} lies now")
     _add_model(sub)
     _add_output(sub)
 
@@ -245,6 +245,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="add a LoRA, with weight W (default: 1); several",
     )
     add("--embedding", metavar="WORD=FILE", action="append", default=[], help="teach prompts a learned word; several")
+    add("--vae", metavar="FILE", help="use another autoencoder, such as a tiny one, or another decoder")
+    add("--control", metavar="FILE", help="add a ControlNet, which follows --control-image")
     _add_reading(parser)
     add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")
     add("--dtype", metavar="fp32|bf16", help="type to compute in (default: fp32)")
@@ -386,7 +388,7 @@ def _picture_again(name: str, picture: PictureFile, args: argparse.Namespace) ->
             return picture.with_data(name, PictureFile.open(name, place))
     raise BadRequest(
         f"{args.picture} was made from a picture that is not here: {known.name or 'one without a name'}, "
-        f"SHA-256 {picture.sha256[:12]}…; say where it lies with --{name}"
+        f"SHA-256 {picture.sha256[:12]}…; say where it lies with --{name.replace('_', '-')}"
     )
 
 
@@ -625,7 +627,7 @@ def _additions(args: argparse.Namespace) -> Additions:
         if word in embeddings:
             raise BadRequest(f"--embedding names the word {word!r} twice")
         embeddings[word] = file
-    return Additions.of([_lora(text) for text in args.lora], embeddings)
+    return Additions.of([_lora(text) for text in args.lora], embeddings, args.vae, args.control)
 
 
 def _lora(text: str) -> tuple[str, float]:
@@ -649,6 +651,7 @@ def _found(ingredients: Sequence[Ingredient], args: argparse.Namespace) -> Addit
 
     given = _additions(args)
     named = [path for path, _ in given.loras] + list(given.embeddings.values())
+    named += [path for path in (given.vae, given.controlnet) if path is not None]
     beside = [Path(), Path(args.picture).parent, Path(args.model or "").parent]
     hashes = {path: content_hash(path) for path in named}
     places: dict[Ingredient, Path] = {}
@@ -669,6 +672,8 @@ def _found(ingredients: Sequence[Ingredient], args: argparse.Namespace) -> Addit
     return Additions.of(
         [(path, it.weight or 0.0) for it, path in places.items() if it.kind == "lora"],
         {it.word or "": path for it, path in places.items() if it.kind == "embedding"},
+        next((path for it, path in places.items() if it.kind == "vae"), None),
+        next((path for it, path in places.items() if it.kind == "controlnet"), None),
     )
 
 

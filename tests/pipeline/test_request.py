@@ -54,6 +54,8 @@ FIELDS = {
     "hires": "float | None",
     "hires_strength": "float | None",
     "upscale": "int | None",
+    "control_image": "PictureFile | None",
+    "control_scale": "float | None",
 }
 
 
@@ -186,6 +188,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"hires": 5}, "size 80x80 is too large"),
     ({"upscale": 2}, "upscale is 1 or 4, not 2"),
     ({"upscale": 8}, "upscale must be a whole number from 1 to 4"),
+    ({"control_scale": 0.5}, "control_scale has no effect without control_image"),
+    ({"control_image": png(), "control_scale": -1}, "control_scale must be a number from 0 to 10"),
     ({"hires_strength": 0.5}, "hires_strength has no effect without hires"),
     ({"hires": 2, "hires_strength": 0}, "hires_strength must be above 0"),
     ({"hires": 2, "init": png(), "mask": png()}, "hires goes with no mask"),

@@ -112,7 +112,12 @@ def load(
     published = additions.apply(published, allow_pickle=allow_pickle, partial=partial)
     keep, why = keeping.decide(published, dtype, memory)
     published = replace(published, keep=keep, why={**published.why, "computes in": dtype, "memory": why})
-    return replace(_build(published, display), ingredients=ingredients)
+    model = replace(_build(published, display), ingredients=ingredients)
+    if additions.controlnet is not None:
+        from sfumato.families.control import attach
+
+        model = attach(model, published)
+    return model
 
 
 def _native_metadata(path: Path) -> str | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sfumato.errors import BadCheckpoint, BadRequest
 
 if TYPE_CHECKING:
+    from sfumato.checkpoints.parts import PartOfModel
     from sfumato.checkpoints.published import Published
 
 KINDS = ("lora", "embedding", "vae", "controlnet")
@@ -72,16 +73,16 @@ class Additions:
         loras: each with its weight: 1 as trained, 0 without effect, negative ones take away.
         embeddings: words learned by textual inversion: how each is written in prompts, and its file.
         vae: an autoencoder to use instead of the model's own.
-        controlnets: networks that guide the denoiser by a control picture.
+        controlnet: a network that guides the denoiser by a control picture.
     """
 
     loras: tuple[tuple[Path, float], ...] = ()
     embeddings: Mapping[str, Path] = field(default_factory=dict)
     vae: Path | None = None
-    controlnets: tuple[Path, ...] = ()
+    controlnet: Path | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.loras or self.embeddings or self.vae or self.controlnets)
+        return bool(self.loras or self.embeddings or self.vae or self.controlnet)
 
     @classmethod
     def of(
@@ -89,7 +90,7 @@ class Additions:
         loras: Sequence[Lora] = (),
         embeddings: Mapping[str, Location] | None = None,
         vae: Location | None = None,
-        controlnets: Sequence[Location] = (),
+        controlnet: Location | None = None,
     ) -> Additions:
         """Build it from paths; a LoRA alone has weight 1. Raises BadRequest for what is no path, weight or word."""
         pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
@@ -99,13 +100,13 @@ class Additions:
         for word in embeddings or {}:
             if not word or len(word) > 100 or any(c.isspace() or not c.isprintable() for c in word):
                 raise BadRequest(f"a learned word must be 1 to 100 letters without spaces, not {word[:100]!r}")
-        if max(len(pairs), len(embeddings or {}), len(controlnets)) > MAX_ADDITIONS:
+        if max(len(pairs), len(embeddings or {})) > MAX_ADDITIONS:
             raise BadRequest(f"at most {MAX_ADDITIONS} files of a kind can be added")
         return cls(
             tuple((Path(path).expanduser(), float(weight)) for path, weight in pairs),
             {word: Path(path).expanduser() for word, path in (embeddings or {}).items()},
             None if vae is None else Path(vae).expanduser(),
-            tuple(Path(path).expanduser() for path in controlnets),
+            None if controlnet is None else Path(controlnet).expanduser(),
         )
 
     def ingredients(self) -> Iterator[Ingredient]:
@@ -116,21 +117,56 @@ class Additions:
             yield Ingredient("embedding", path.name, content_hash(path), word=word)
         if self.vae is not None:
             yield Ingredient("vae", self.vae.name, content_hash(self.vae))
-        for path in self.controlnets:
-            yield Ingredient("controlnet", path.name, content_hash(path))
+        if self.controlnet is not None:
+            yield Ingredient("controlnet", self.controlnet.name, content_hash(self.controlnet))
 
     def apply(self, model: Published, *, allow_pickle: bool = False, partial: bool = False) -> Published:
-        """The model with LoRAs, words and autoencoder; tensors that they leave as they are stay shared.
+        """The model with LoRAs, words, autoencoder and ControlNet; tensors that these leave as they are stay shared.
 
         Raises BadCheckpoint, naming the file, for what is none, is for another family, or matches nothing.
         """
         from sfumato.checkpoints.lora import add_loras, add_words, read_lora
+        from sfumato.checkpoints.parts import read_autoencoder, read_controlnet
 
         loras = [(read_lora(path, allow_pickle=allow_pickle), weight) for path, weight in self.loras]
         model = add_loras(model, loras, partial=partial)
         for word, path in self.embeddings.items():
             model = add_words(model, path, word, allow_pickle=allow_pickle)
+        if self.vae is not None:
+            model = _with_autoencoder(model, self.vae, read_autoencoder(self.vae, allow_pickle=allow_pickle))
+        if self.controlnet is not None:
+            model = _with(
+                model, "controlnet", self.controlnet, read_controlnet(self.controlnet, allow_pickle=allow_pickle)
+            )
         return model
+
+
+def _with(model: Published, component: str, path: Path, part: PartOfModel) -> Published:
+    from sfumato.checkpoints.tensors import non_finite
+
+    if damaged := non_finite(part.tensors):
+        raise BadCheckpoint(f"{path}: NaN or infinity in {damaged[0]}, and in {len(damaged) - 1} more tensors")
+    return replace(
+        model,
+        configs={**model.configs, component: part.config},
+        tensors={**model.tensors, component: part.tensors},
+        files=(*model.files, *part.files),
+    )
+
+
+def _with_autoencoder(model: Published, path: Path, part: PartOfModel) -> Published:
+    """The model with another autoencoder, or only another decoder, for the same latents."""
+    own, config = model.configs["vae"], dict(part.config)
+    if (theirs := config.get("latent_channels", 4)) != (ours := own.get("latent_channels", 4)):
+        raise BadCheckpoint(f"{path}: an autoencoder for another family: of {theirs} channels, where {ours} are needed")
+    if config["_class_name"] == "AutoencoderKL":  # the denoiser's latents keep their scale
+        scales = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        config |= {k: own[k] for k in scales if k in own and k not in config}
+    decodes_alone = config["_class_name"] == "AutoencoderTiny" and not any(
+        k.startswith("encoder.") for k in part.tensors
+    )
+    component = "vae_decoder" if decodes_alone else "vae"
+    return _with(model, component, path, replace(part, config=config))
 
 
 def content_hash(path: Path) -> str:

@@ -21,7 +21,7 @@ from sfumato.diffusion.schedules import Discrete, from_betas, linear, scaled_lin
 from sfumato.errors import BadCheckpoint
 from sfumato.families.configs import autoencoder_config, clip_config, t5_config, tiny_autoencoder_config
 from sfumato.families.model import Model
-from sfumato.networks.autoencoder import Autoencoder, TinyAutoencoder
+from sfumato.networks.autoencoder import AnyAutoencoder, Autoencoder, Halves, TinyAutoencoder
 from sfumato.networks.compact import CompactAutoencoder
 from sfumato.networks.stored import Mappings, in_dtype, keeper
 from sfumato.text.clip import CLIPText
@@ -96,20 +96,25 @@ def build(
     return module.eval().requires_grad_(False)
 
 
-def autoencoder(model: Published) -> Autoencoder | TinyAutoencoder:
-    """Build the model's autoencoder, the KL one or the tiny one."""
-    config = model.configs["vae"]
+def autoencoder(model: Published) -> AnyAutoencoder:
+    """Build the model's autoencoder, the KL one or the tiny one, with another one's decoder if it has that too."""
+    own = _autoencoder(model, "vae")
+    return own if "vae_decoder" not in model.tensors else Halves(own, _autoencoder(model, "vae_decoder"))
+
+
+def _autoencoder(model: Published, component: str) -> Autoencoder | TinyAutoencoder:
+    config = model.configs[component]
     if "num_decoder_blocks" in config or config.get("_class_name") == "AutoencoderTiny":
-        return build(model, "vae", TinyAutoencoder, tiny_autoencoder_config(config), torch.float32)
-    return build(model, "vae", Autoencoder, autoencoder_config(config), torch.float32)
+        return build(model, component, TinyAutoencoder, tiny_autoencoder_config(config), torch.float32)
+    return build(model, component, Autoencoder, autoencoder_config(config), torch.float32)
 
 
-def decoder(vae: Autoencoder | TinyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
+def decoder(vae: AnyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
     """The way from x to pictures, in the type that x comes in: a wider one makes a wider copy of the weights."""
     return lambda x: _in_type_of(x, vae).decode(x)
 
 
-def encoder(vae: Autoencoder | TinyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
+def encoder(vae: AnyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
     """The way from pictures to x, to the mean of what it may be, in the type that pictures come in."""
     return lambda pictures: _in_type_of(pictures, vae).encode(pictures)
 
@@ -266,7 +271,7 @@ def assemble(
     name: str,
     family: str,
     network: nn.Module,
-    vae: Autoencoder | TinyAutoencoder,
+    vae: AnyAutoencoder,
     prediction: str,
     facts: Mapping[str, str] | None = None,
     **own: Any,
@@ -338,20 +343,20 @@ def same_rows(prompts: Sequence[str], *towers: Tower) -> list[tuple[Tensor, Tens
     return [t.ids(prompts, rows) for t in towers]
 
 
-def side(config: Json, vae: Autoencoder | TinyAutoencoder, usual: int) -> int:
+def side(config: Json, vae: AnyAutoencoder, usual: int) -> int:
     """The side in pixels for which a network was trained: its ``sample_size``, if that is stated and whole."""
     size = config.get("sample_size")
     return size * vae.config.factor if isinstance(size, int) and size > 0 else usual
 
 
-def check_latents(model: Published, channels: int, vae: Autoencoder | TinyAutoencoder) -> None:
+def check_latents(model: Published, channels: int, vae: AnyAutoencoder) -> None:
     """Refuse a denoiser that takes other than noisy latents."""
     latents = vae.config.latent_channels
     if channels != latents:
         raise BadCheckpoint(f"{model.path}: its denoiser takes {channels} channels, its autoencoder makes {latents}")
 
 
-def inpaints(model: Published, channels: int, vae: Autoencoder | TinyAutoencoder) -> bool:
+def inpaints(model: Published, channels: int, vae: AnyAutoencoder) -> bool:
     """Whether a U-Net takes a mask and a masked picture beside noisy latents; BadCheckpoint if it takes neither."""
     if channels == 2 * vae.config.latent_channels + 1:
         return True

@@ -149,7 +149,7 @@ def tiny_autoencoder_config(c: Json) -> TinyAutoencoderConfig:
         latent_channels=c.get("latent_channels", 4),
         encoder_widths=tuple(c.get("encoder_block_out_channels", (64,) * 4)),
         decoder_widths=tuple(c.get("decoder_block_out_channels", (64,) * 4)),
-        encoder_blocks=tuple(c.get("num_encoder_blocks", (1, 3, 3, 3))),
+        encoder_blocks=tuple(c.get("num_encoder_blocks", (1, 3, 3, 3) if "num_decoder_blocks" not in c else ())),
         decoder_blocks=tuple(c.get("num_decoder_blocks", (3, 3, 3, 1))),
         scale=c.get("scaling_factor", 1.0),
         shift=c.get("shift_factor") or 0.0,

@@ -39,7 +39,7 @@ def attach(model: Model, published: Published) -> Model:
             )
     if config.factor != model.factor:
         raise BadCheckpoint(
-            f"{published.path}: the ControlNet reads {config.factor} pixels a cell, the autoencoder makes {model.factor}"
+            f"{published.path}: the ControlNet reads {config.factor} pixels a cell, the autoencoder {model.factor}"
         )
     controlnet = common.build(published, "controlnet", ControlNet, config)
     return replace(model, network=Controlled(unet, controlnet), guide=guide)

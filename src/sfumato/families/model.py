@@ -55,6 +55,8 @@ class Model:
         words: prompt → its words, each with the columns of ``context`` that hold it; none where no words are told.
         decode: denoised x (B, C, H, W) → pictures (B, 3, H·factor, W·factor) in [−1, 1].
         preview: a quicker and rougher ``decode`` for steps on the way; None if the model has none.
+        guide: (control picture (1, 3, H, W) in [0, 1], scale) → one row of conditioning, for networks that follow a
+            control picture beside the words.
         encode_picture: the way back, without noise; None if the model has no encoder.
         channels, factor: shape of x: C, and pixels per side of one of its cells.
         multiple: a picture's sides must be multiples of this many pixels.
@@ -90,6 +92,7 @@ class Model:
     preview: Callable[[Tensor], Tensor] | None = None
     encode_picture: Callable[[Tensor], Tensor] | None = None
     inpaints: bool = False
+    guide: Callable[[Tensor, float], Conditioning] | None = None
     defaults: Defaults = field(default_factory=Defaults)
     card: Mapping[str, str] = field(default_factory=dict)
     ingredients: tuple[Ingredient, ...] = ()

@@ -8,6 +8,7 @@ Modules are named as in the published folders of weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -293,3 +294,6 @@ class Halves(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         """As the second does."""
         return self.second.decode(x)
+
+
+AnyAutoencoder: TypeAlias = Autoencoder | TinyAutoencoder | Halves

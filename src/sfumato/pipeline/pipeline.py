@@ -250,6 +250,10 @@ class Pipeline:
         told = dict(self.model.situate(*size, request.guidance))
         if self.model.inpaints:
             told["picture"] = self._told(size, scene)
+        if request.control_image is not None and self.model.guide is not None and request.control_scale is not None:
+            picture = np.array(cover(request.control_image.image("control_image").convert("RGB"), size))
+            hint = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
+            told |= self.model.guide(hint, request.control_scale)
         for key, value in told.items():
             words[key] = value.to(self.device).expand(rows, *value.shape[1:])
 
@@ -364,7 +368,7 @@ def load(
     loras: Sequence[Lora] = (),
     embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
     vae: str | os.PathLike[str] | None = None,
-    controlnets: Sequence[str | os.PathLike[str]] = (),
+    controlnet: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
     partial: bool = False,
@@ -378,7 +382,7 @@ def load(
         loras: files of LoRAs to add, alone (at weight 1) or as pairs of path and weight.
         embeddings: words learned by textual inversion: how each is written in prompts → its file.
         vae: an autoencoder to use instead of the model's own.
-        controlnets: files or folders of ControlNets, one for each control picture.
+        controlnet: a network that guides a U-Net by a request's ``control_image``.
         variant: which files of a folder to take, such as "fp16".
         allow_pickle: read .ckpt, .pt and .bin files too, in a child process that may build tensors alone.
         partial: let missing, extra and misshaped tensors pass; the model's card tells which.
@@ -391,7 +395,7 @@ def load(
     from sfumato import families
 
     name = None if path_or_name is None else os.fspath(path_or_name)
-    additions = families.Additions.of(loras, embeddings, vae, controlnets)
+    additions = families.Additions.of(loras, embeddings, vae, controlnet)
     how = {"variant": variant, "allow_pickle": allow_pickle, "partial": partial, "dtype": dtype, "memory": memory}
     return Pipeline(families.load(name, additions, **how), batch)
 

@@ -23,6 +23,7 @@ MAX_TEXT = 10_000  # characters
 MAX_MARGIN = 1 << 14  # pixels
 MAX_HIRES = 8.0
 UPSCALES = (1, 4)
+MAX_CONTROL = 10.0
 STRENGTH, HIRES_STRENGTH, MIX = 0.75, 0.5, 0.5  # where none is asked for; with a mask or margins, strength is 1
 NEEDS = {  # settings that would be ignored without another
     "strength": "init",
@@ -31,6 +32,7 @@ NEEDS = {  # settings that would be ignored without another
     "variation_seed": "variation_strength",
     "mix": "prompt_to",
     "hires_strength": "hires",
+    "control_scale": "control_image",
 }
 
 
@@ -93,6 +95,10 @@ class Request:
     upscale: int | None = _setting(
         None, "1, or 4 to enlarge the picture at the end by a network for drawings", "FACTOR", "--upscale"
     )
+    control_image: PictureFile | None = _setting(
+        None, "picture that the model's ControlNet follows: edges, depth, a pose", "PICTURE", "--control-image"
+    )
+    control_scale: float | None = _setting(None, "how closely to follow it (default: 1)", "F", "--control-scale")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Request:
@@ -163,6 +169,8 @@ class Request:
             hires=_given(self.hires, _enlargement),
             hires_strength=_given(self.hires_strength, lambda v: _share("hires_strength", v)),
             upscale=_given(self.upscale, _upscale),
+            control_image=_given(self.control_image, lambda v: PictureFile.of("control_image", v)),
+            control_scale=_given(self.control_scale, lambda v: _real("control_scale", v, 0.0, MAX_CONTROL)),
         )
         for name, needed in NEEDS.items():
             if getattr(request, name) is not None and not getattr(request, needed):
@@ -210,6 +218,9 @@ class Request:
             hires_strength=HIRES_STRENGTH
             if asked.hires_strength is None and asked.hires is not None
             else asked.hires_strength,
+            control_scale=1.0
+            if asked.control_scale is None and asked.control_image is not None
+            else asked.control_scale,
         ).checked()
         _check_size(*request.size, model)
         if request.hires is not None:
@@ -268,6 +279,10 @@ def _check_effect(request: Request, model: Model) -> None:
             if getattr(request, name):
                 where = f"with model {model.name!r}" if model.distilled else "at guidance 1"
                 raise BadRequest(f"{name} has no effect {where}: leave it out")
+    if request.control_image is not None and model.guide is None:
+        raise BadRequest(
+            f"control_image has no effect: model {model.name!r} was loaded without a ControlNet (--control FILE)"
+        )
     if request.eta is not None and "eta" not in find_sampler(str(request.sampler)).settings:
         raise BadRequest(f"sampler {request.sampler!r} takes no eta; ddim does")
 

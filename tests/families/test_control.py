@@ -1,0 +1,167 @@
+"""ControlNets beside U-Nets, against diffusers: networks and whole pictures, from folders and single files."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
+from PIL import Image
+from published import make, shaken
+from safetensors.torch import save_file
+
+import sfumato
+from sfumato.checkpoints.keymaps import controlnet as places
+from sfumato.checkpoints.keymaps import to_theirs
+from sfumato.checkpoints.parts import read_controlnet
+from sfumato.cli import main
+from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.families.configs import controlnet_config
+from sfumato.networks.controlnet import ControlNet
+from sfumato.pipeline.noise import start
+from sfumato.pipeline.picture import read
+
+PIPELINES = {"sd1": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}
+
+
+def make_controlnet(pipe: Any, r: random.Random, factor: int) -> ControlNetModel:
+    """A random ControlNet for a pipeline's U-Net; none of its zero convolutions is zero."""
+    widths = [r.choice([8, 16]) for _ in range(factor.bit_length())]
+    return shaken(ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=widths), 0.1)
+
+
+Case = tuple[str, int, Any, ControlNetModel, Path]
+
+
+def make_case(family: str, seed: int, folder: Path) -> Case:
+    """A family, a seed, a pipeline and a ControlNet of diffusers, and the folder that holds both."""
+    pipe = make(family, seed)
+    controlnet = make_controlnet(pipe, random.Random(seed), pipe.vae_scale_factor)
+    pipe.save_pretrained(folder / "model")
+    controlnet.save_pretrained(folder / "control")
+    return family, seed, pipe, controlnet, folder
+
+
+@pytest.fixture(scope="module", params=[(f, s) for f in PIPELINES for s in range(3)], ids=str)
+def controlled(request: Any, tmp_path_factory: Any) -> Case:
+    """Every family, three times."""
+    family, seed = request.param
+    return make_case(family, seed, tmp_path_factory.mktemp(f"{family}-{seed}"))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: Any) -> Case:
+    """One of them."""
+    return make_case("sd1", 0, tmp_path_factory.mktemp("one"))
+
+
+def test_the_network_equals_diffusers(controlled: Case) -> None:
+    family, seed, pipe, theirs, folder = controlled
+    part = read_controlnet(folder / "control")
+    ours = ControlNet(controlnet_config(part.config))
+    ours.load_state_dict(dict(part.tensors))
+    torch.manual_seed(seed)
+    factor = pipe.vae_scale_factor
+    x, hint = torch.randn(2, 4, 8, 10), torch.rand(2, 3, 8 * factor, 10 * factor)
+    clock, context = torch.tensor([981.0, 7.0]), torch.randn(2, 77, theirs.config.cross_attention_dim)
+    told, added = {}, {}
+    if family == "sdxl":
+        told = {"pooled": torch.randn(2, 32), "sizes": torch.randint(8, 99, (2, 6)).float()}
+        added = {"added_cond_kwargs": {"text_embeds": told["pooled"], "time_ids": told["sizes"]}}
+    with torch.inference_mode():
+        down, middle = theirs(
+            x, clock, encoder_hidden_states=context, controlnet_cond=hint, conditioning_scale=0.7,
+            return_dict=False, **added,
+        )  # fmt: skip
+        control = ours(x, clock, context, hint, torch.tensor([0.7, 0.7]), **told)
+    assert len(control) == len(down) + 1
+    for a, b in zip(control, [*down, middle], strict=True):
+        assert b.abs().max() > 1e-3
+        assert (a - b).abs().max() <= 1e-5 * max(1.0, float(b.abs().max()))
+
+
+def test_pictures_equal_diffusers_from_every_form_of_file(controlled: Case, tmp_path: Path) -> None:
+    family, seed, pipe, controlnet, folder = controlled
+    side = 8 * pipe.vae_scale_factor
+    r = np.random.default_rng(seed)
+    Image.fromarray(r.integers(0, 256, (side, side, 3), np.uint8)).save(tmp_path / "hint.png")
+    whole = PIPELINES[family](**pipe.components, controlnet=controlnet)
+    whole.set_progress_bar_config(disable=True)
+    latents = torch.from_numpy(start([seed], (4, 8, 8)))
+    with torch.inference_mode():
+        expected = whole(
+            prompt="a red fox", negative_prompt="blurry", image=Image.open(tmp_path / "hint.png"), latents=latents,
+            height=side, width=side, num_inference_steps=3, guidance_scale=4.0, output_type="np",
+            controlnet_conditioning_scale=0.8,
+        ).images[0]  # fmt: skip
+    expected = np.round(expected * 255).astype(int)
+    request: dict[str, Any] = {"steps": 3, "sampler": "ddim", "spacing": "leading", "guidance": 4.0, "seed": seed}
+    request |= {"negative": "blurry", "width": side, "height": side}
+    guided = request | {"control_image": (tmp_path / "hint.png").read_bytes(), "control_scale": 0.8}
+
+    part = read_controlnet(folder / "control")
+    save_file(dict(part.tensors), tmp_path / "named.safetensors")
+    original = to_theirs(part.tensors, places(part.config))
+    save_file({f"control_model.{k}": t.contiguous() for k, t in original.items()}, tmp_path / "original.safetensors")
+    pictures = []
+    forms = (folder / "control", tmp_path / "named.safetensors", tmp_path / "original.safetensors")
+    for path in forms if seed == 0 else forms[:1]:
+        ours = sfumato.load(folder / "model", controlnet=path)
+        [picture] = ours.generate("a red fox", **guided)
+        pictures.append(picture.pixels)
+        assert np.abs(picture.pixels.astype(int) - expected).max() <= 2
+        assert np.array_equal(picture.pixels, pictures[0])
+    [plain] = ours.generate("a red fox", **request)
+    [bare] = sfumato.load(folder / "model").generate("a red fox", **request)
+    [still] = ours.generate("a red fox", **(guided | {"control_scale": 0.0}))
+    assert np.array_equal(plain.pixels, bare.pixels)
+    assert np.array_equal(still.pixels, bare.pixels)
+    assert np.abs(pictures[0].astype(int) - bare.pixels).max() > 5
+
+
+def test_the_command_follows_a_control_picture_and_replays(one: Case, tmp_path: Path, capsys: Any) -> None:
+    _, _, pipe, _, folder = one
+    side = 8 * pipe.vae_scale_factor
+    Image.new("RGB", (side, side), (250, 20, 80)).save(tmp_path / "hint.png")
+    made = tmp_path / "made.png"
+    asked = ["generate", "a fox", "--model", str(folder / "model"), "--steps", "2", "--size", f"{side}x{side}"]
+    control = ["--control", str(folder / "control"), "--control-image", str(tmp_path / "hint.png")]
+    assert main([*asked, *control, "--control-scale", "0.5", "--seed", "3", "--out", str(made)]) == 0
+    assert [i.kind for i in read(made).picture.ingredients] == ["controlnet"]
+    replay = ["replay", str(made), "--model", str(folder / "model"), "--out", str(tmp_path / "again.png")]
+    assert main([*replay, "--control", str(folder / "control")]) == 0
+    capsys.readouterr()
+    assert main([*asked, "--control-image", str(tmp_path / "hint.png")]) == 2
+    assert "without a ControlNet" in capsys.readouterr().err
+    with pytest.raises(BadRequest, match="control_scale"):
+        sfumato.load(folder / "model").generate("a", control_scale=1.0)
+
+
+def test_what_is_no_controlnet_for_the_model_is_refused(one: Case, tmp_path: Path) -> None:
+    *_, folder = one
+    part = read_controlnet(folder / "control")
+    make("sdxl", 1).save_pretrained(tmp_path / "other")
+    with pytest.raises(BadCheckpoint, match="another family"):
+        sfumato.load(tmp_path / "other", controlnet=folder / "control")
+    with pytest.raises(BadCheckpoint, match="not of ControlNetModel"):
+        sfumato.load(folder / "model", controlnet=folder / "model" / "unet")
+    lost = {k: t for k, t in part.tensors.items() if k != "controlnet_mid_block.bias"}
+    save_file(lost, tmp_path / "lost.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"1 missing: controlnet_mid_block\.bias"):
+        sfumato.load(folder / "model", controlnet=tmp_path / "lost.safetensors")
+    broken = {k: t.clone() for k, t in part.tensors.items()}
+    broken["controlnet_mid_block.bias"][0] = torch.nan
+    save_file(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"NaN or infinity in controlnet_mid_block\.bias"):
+        sfumato.load(folder / "model", controlnet=tmp_path / "broken.safetensors")
+    save_file({"encoder.down.0.block.0.conv1.weight": torch.ones(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(BadCheckpoint, match="no ControlNet: it looks like an autoencoder"):
+        sfumato.load(folder / "model", controlnet=tmp_path / "vae.safetensors")
