@@ -246,6 +246,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--embedding", metavar="WORD=FILE", action="append", default=[], help="teach prompts a learned word; several")
     add("--vae", metavar="FILE", help="use another autoencoder, such as a tiny one, or another decoder")
+    add("--denoiser", metavar="FILE", help="use another denoiser, such as a GGUF file, with the model's other parts")
     add("--control", metavar="FILE", help="add a ControlNet, which follows --control-image")
     _add_reading(parser)
     add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")
@@ -627,7 +628,7 @@ def _additions(args: argparse.Namespace) -> Additions:
         if word in embeddings:
             raise BadRequest(f"--embedding names the word {word!r} twice")
         embeddings[word] = file
-    return Additions.of([_lora(text) for text in args.lora], embeddings, args.vae, args.control)
+    return Additions.of([_lora(text) for text in args.lora], embeddings, args.vae, args.control, args.denoiser)
 
 
 def _lora(text: str) -> tuple[str, float]:
@@ -651,7 +652,7 @@ def _found(ingredients: Sequence[Ingredient], args: argparse.Namespace) -> Addit
 
     given = _additions(args)
     named = [path for path, _ in given.loras] + list(given.embeddings.values())
-    named += [path for path in (given.vae, given.controlnet) if path is not None]
+    named += [path for path in (given.vae, given.controlnet, given.denoiser) if path is not None]
     beside = [Path(), Path(args.picture).parent, Path(args.model or "").parent]
     hashes = {path: content_hash(path) for path in named}
     places: dict[Ingredient, Path] = {}
@@ -661,19 +662,19 @@ def _found(ingredients: Sequence[Ingredient], args: argparse.Namespace) -> Addit
                 hashes[folder / it.name] = content_hash(folder / it.name)
         found = next((path for path, hash in hashes.items() if hash == it.hash), None)
         if found is None:
-            flag = {"lora": "--lora FILE", "embedding": f"--embedding {it.word}=FILE", "vae": "--vae FILE"}
+            flag = {"lora": "--lora FILE", "embedding": f"--embedding {it.word}=FILE", "controlnet": "--control FILE"}
             raise BadCheckpoint(
                 f"{args.picture} was made with the {it} (sha256 {it.hash[:12]}), which is not here: "
-                f"name it with {flag.get(it.kind, '--control FILE')}"
+                f"name it with {flag.get(it.kind, f'--{it.kind} FILE')}"
             )
         places[it] = found
     if unused := [p for p in named if p not in places.values()]:
         raise BadRequest(f"{args.picture} was not made with {unused[0]}: leave it out")
+    parts = {it.kind: path for it, path in places.items()}
     return Additions.of(
         [(path, it.weight or 0.0) for it, path in places.items() if it.kind == "lora"],
         {it.word or "": path for it, path in places.items() if it.kind == "embedding"},
-        next((path for it, path in places.items() if it.kind == "vae"), None),
-        next((path for it, path in places.items() if it.kind == "controlnet"), None),
+        *(parts.get(kind) for kind in ("vae", "controlnet", "denoiser")),
     )
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato.checkpoints.formats import placeholders
 from sfumato.checkpoints.formats import weights as read_weights
 from sfumato.checkpoints.published import (
     NETWORKS,
@@ -52,7 +53,7 @@ def read_folder(
         path: the folder that holds model_index.json.
         variant: which files to take, such as "fp16"; None takes those without a variant or, if there are none, the
             only one there is.
-        weights: False leaves the tensors unread.
+        weights: False leaves the tensors without numbers.
         allow_pickle: whether components without safetensors may be read from pickles: see ``pickles``.
 
     Raises BadCheckpoint, naming the file, for what is missing, damaged, or names files elsewhere.
@@ -74,8 +75,7 @@ def read_folder(
         configs[component] = read_json(folder / "config.json")
         own = weight_files(folder, variant, allow_pickle=allow_pickle)
         files += own
-        if weights:
-            tensors[component] = tidy(component, _merge(own, allow_pickle))
+        tensors[component] = tidy(component, _merge(own, read_weights if weights else placeholders, allow_pickle))
     if (path / "scheduler").is_dir():
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
     tokenizers = {c: read_tokenizer(path / c) for c in TOKENIZERS if (path / c).is_dir()}
@@ -145,10 +145,10 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _merge(files: list[Path], allow_pickle: bool) -> dict[str, Tensor]:
+def _merge(files: list[Path], read: Callable[..., dict[str, Tensor]], allow_pickle: bool) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     for file in files:
-        part = read_weights(file, allow_pickle=allow_pickle)
+        part = read(file, allow_pickle=allow_pickle)
         if twice := merged.keys() & part.keys():
             raise BadCheckpoint(f"{file}: holds {min(twice)}, which another file of the same component holds too")
         merged |= part

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,17 @@ def weights(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
             return read_tensors(_unpickled(path, allow_pickle))
         case _:
             return read_tensors(path)
+
+
+def placeholders(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Tensors of the file's names and shapes, without numbers: on torch's meta device, of one type."""
+    import torch
+
+    infos = weights_header(path, allow_pickle=allow_pickle).tensors
+    kinds = {
+        name: torch.int64 if re.match(r"I\d|U|BOOL", info.dtype) else torch.float32 for name, info in infos.items()
+    }
+    return {name: torch.empty(info.shape, dtype=kinds[name], device="meta") for name, info in infos.items()}
 
 
 def _unpickled(path: Path, allowed: bool) -> Path:

@@ -336,3 +336,17 @@ def flux(config: Json) -> Iterator[Place]:
         yield from module(f"{theirs}.linear2", f"{ours}.proj_out")
         yield Place(f"{theirs}.norm.query_norm.scale", (f"{ours}.attn.norm_q.weight",))
         yield Place(f"{theirs}.norm.key_norm.scale", (f"{ours}.attn.norm_k.weight",))
+
+
+def dit(config: Json) -> Iterator[Place]:
+    """DiT as its makers publish it; the folders hold one embedding of clock and class for each block."""
+    yield from module("x_embedder.proj", "pos_embed.proj")
+    yield from modules("final_layer", "", {"adaLN_modulation.1": "proj_out_1", "linear": "proj_out_2"})
+    for i in range(config["num_layers"]):
+        theirs, ours = f"blocks.{i}", f"transformer_blocks.{i}"
+        yield from modules("t_embedder.mlp", f"{ours}.norm1.emb.timestep_embedder", {"0": "linear_1", "2": "linear_2"})
+        yield Place("y_embedder.embedding_table.weight", (f"{ours}.norm1.emb.class_embedder.embedding_table.weight",))
+        yield from module(f"{theirs}.adaLN_modulation.1", f"{ours}.norm1.linear")
+        yield from fused(f"{theirs}.attn.qkv", [f"{ours}.attn1.to_{n}" for n in "qkv"])
+        yield from module(f"{theirs}.attn.proj", f"{ours}.attn1.to_out.0")
+        yield from modules(f"{theirs}.mlp", f"{ours}.ff", {"fc1": "net.0.proj", "fc2": "net.2"})

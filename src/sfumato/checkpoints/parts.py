@@ -1,10 +1,11 @@
-"""One network alone, to go with a model: a ControlNet or an autoencoder, from a folder or a single file.
+"""One network alone, to go with a model: a ControlNet, an autoencoder or a denoiser, from a folder or a file.
 
 | network          | folder, and its names in files | files under their makers' names                                 |
 |------------------|--------------------------------|-----------------------------------------------------------------|
 | ControlNet       | ControlNetModel                | Zhang's, ``control_model.*`` or without the prefix              |
 | KL autoencoder   | AutoencoderKL                  | latent diffusion's, ``encoder.down.*``                          |
 | tiny autoencoder | AutoencoderTiny                | TAESD's ``1.weight`` …, the decoder alone or both with prefixes |
+| denoiser         |                                | those of single files, with their prefix or without             |
 
 A file's names and shapes tell which it is; its name does not.
 """
@@ -23,7 +24,15 @@ from sfumato.checkpoints.folder import tidy, weight_files
 from sfumato.checkpoints.formats import weights
 from sfumato.checkpoints.keymaps import to_ours
 from sfumato.checkpoints.published import Json, read_json
-from sfumato.checkpoints.single_file import Shapes, count, describe_autoencoder, describe_foreign, describe_unet
+from sfumato.checkpoints.single_file import (
+    DENOISERS,
+    Shapes,
+    count,
+    describe_autoencoder,
+    describe_foreign,
+    describe_unet,
+    ignored,
+)
 from sfumato.errors import BadCheckpoint
 
 if TYPE_CHECKING:
@@ -208,3 +217,37 @@ def _describe_tiny(s: Shapes) -> dict[str, Any]:
         first, final = s[f"{half}.layers.0.weight"], s[f"{half}.layers.{last}.weight"]
         config["latent_channels"] = final[0] if half == "encoder" else first[1]
     return config
+
+
+def read_denoiser(path: Path, base: Json, *, allow_pickle: bool = False) -> PartOfModel:
+    """Read a denoiser alone, under the names of single files, as FLUX and SD 3 and GGUF files are published.
+
+    Args:
+        base: the configuration of the denoiser whose place it takes, for what shapes do not tell.
+
+    Raises BadCheckpoint for what is none.
+    """
+    raw = _tensors(path, allow_pickle)
+    for part, sign in DENOISERS.items():
+        prefix = next((p for p in (part.prefix, "") if f"{p}{sign}" in raw), None)
+        if prefix is None:
+            continue
+        own = {k.removeprefix(prefix): t for k, t in raw.items() if k.startswith(prefix)}
+        try:
+            described = part.describe({k: tuple(t.shape) for k, t in own.items()})
+            places = list(part.table(described))
+        except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
+            raise BadCheckpoint(f"{path}: the denoiser is not whole: {e} is missing or misshaped") from None
+        theirs, ours = described["_class_name"], base.get("_class_name", described["_class_name"])
+        dit = (
+            theirs == "DiTTransformer2DModel" and base.get("norm_type") == "ada_norm_zero"
+        )  # of old under another name
+        if theirs != ours and not dit:
+            raise BadCheckpoint(f"{path}: a denoiser for another family: {theirs}, not {ours}")
+        if left := sorted(
+            k for k in own.keys() - {p.theirs for p in places} if not (ignored(k) or (dit and k == "pos_embed"))
+        ):
+            raise BadCheckpoint(f"{path}: {len(left)} tensors have no place in a denoiser: {', '.join(left[:3])}")
+        told = {**described, **base} if part.component == "unet" or dit else {**base, **described}
+        return PartOfModel(told, to_ours(own, places), (path,))
+    raise BadCheckpoint(f"{path}: no denoiser: {describe_foreign({k: tuple(t.shape) for k, t in raw.items()})}")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoints import keymaps
+from sfumato.checkpoints.formats import placeholders, weights_header
 from sfumato.checkpoints.formats import weights as read_weights
-from sfumato.checkpoints.formats import weights_header
 from sfumato.checkpoints.keymaps import Place, prefixed, to_ours, to_theirs
 from sfumato.checkpoints.published import Json, Published
 from sfumato.errors import BadCheckpoint, NoResources
@@ -36,6 +36,11 @@ _IGNORED = re.compile(
     r"|cond_stage_model\.model\.text_projection|first_stage_model\.loss\..*|edm_.*"
     r"|.*\.encoder\.embed_tokens\.weight"
 )
+
+
+def ignored(name: str) -> bool:
+    """Whether a tensor is one that published files carry and that no network needs."""
+    return _IGNORED.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def single_file_layout(names: Mapping[str, Any] | set[str]) -> Layout | None:
 def read_single_file(
     path: Path, *, weights: bool = True, allow_pickle: bool = False, partial: bool = False
 ) -> Published:
-    """Read a single file; tensors are mapped, not copied, and without ``weights`` only the header is read.
+    """Read a single file; tensors are mapped, not copied, and without ``weights`` have no numbers.
 
     Raises BadCheckpoint for a damaged file, an unknown layout, a part that is missing or a tensor that has no place.
     """
@@ -94,9 +99,7 @@ def read_single_file(
         configs["scheduler"] = _scheduler(layout, shapes, header.metadata, why)
         why["configuration"] = "read from the shapes; number of heads and groups as published"
 
-    if not weights:
-        return Published(path, "single file", configs, {}, tokenizers, why, (path,))
-    raw = read_weights(path, allow_pickle=allow_pickle)
+    raw = (read_weights if weights else placeholders)(path, allow_pickle=allow_pickle)
     tensors: dict[str, dict[str, Tensor]] = {}
     used: set[str] = set()
     for part in layout.parts:
@@ -110,7 +113,7 @@ def read_single_file(
             raise BadCheckpoint(f"{path}: the {part.component}'s configuration is damaged: {e}") from None
         tensors[part.component] = to_ours(raw, places)
         used |= {p.theirs for p in places}
-    left = sorted(name for name in raw if name not in used and not _IGNORED.fullmatch(name))
+    left = sorted(name for name in raw if name not in used and not ignored(name))
     if layout.family == "sd2":  # the last layer, whose output this family does not use
         layers = configs["text_encoder"]["num_hidden_layers"]
         left = [name for name in left if f".transformer.resblocks.{layers}." not in name]
@@ -126,10 +129,6 @@ def read_single_file(
 
 def write_single_file(model: Published, path: Path, layout: Layout) -> None:
     """Write a published model as a single file; BadCheckpoint if the path is taken or a tensor has no place."""
-    import os
-
-    from safetensors.torch import save_file
-
     if path.exists():
         raise BadCheckpoint(f"{path} exists already; name a file that does not")
     tensors: dict[str, Tensor] = {}
@@ -144,11 +143,21 @@ def write_single_file(model: Published, path: Path, layout: Layout) -> None:
             )
         except KeyError as e:
             raise BadCheckpoint(f"{model.path}: {part.component}: {e} has no place in a single file") from None
-    stated = {"configs": model.configs, "tokenizers": model.tokenizers}
+    write_tensors(tensors, path, {METADATA: json.dumps({"configs": model.configs, "tokenizers": model.tokenizers})})
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that is there whole or not at all; BadCheckpoint if the path is taken."""
+    import os
+
+    from safetensors.torch import save_file
+
+    if path.exists():
+        raise BadCheckpoint(f"{path} exists already; name a file that does not")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, {METADATA: json.dumps(stated)})
+        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, dict(metadata or {"format": "pt"}))
         temporary.replace(path)
     except OSError as e:
         raise NoResources(f"cannot write {path}: {e.strerror or e}") from None
@@ -416,6 +425,21 @@ def describe_flux(s: Shapes) -> dict[str, Any]:
     }
 
 
+def describe_dit(s: Shapes) -> dict[str, Any]:
+    """DiT under its makers' names, but for its heads."""
+    dim, channels, patch, _ = s["x_embedder.proj.weight"]
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "in_channels": channels,
+        "out_channels": s["final_layer.linear.weight"][0] // patch**2,
+        "patch_size": patch,
+        "num_layers": count(s, r"blocks\.(\d+)\."),
+        "num_embeds_ada_norm": s["y_embedder.embedding_table.weight"][0] - 1,
+        "norm_type": "ada_norm_zero",
+        "sample_size": patch * math.isqrt(s["pos_embed"][1]) if "pos_embed" in s else 32,
+    }
+
+
 def _index(name: str, components: Mapping[str, str], **more: Any) -> dict[str, Any]:
     libraries = {k: "transformers" if k.startswith(("text", "token")) else "diffusers" for k in components}
     return {"_class_name": name, **{k: [libraries[k], v] for k, v in components.items()}, **more}
@@ -546,3 +570,12 @@ LAYOUTS: tuple[Layout, ...] = (
         for prefix in ("model.diffusion_model.", "")
     ),
 )
+
+DENOISERS = {  # of each kind, a name that its files have; see ``parts``
+    _UNET: "input_blocks.0.0.weight",
+    Part(
+        "transformer", "model.diffusion_model.", keymaps.mmdit, describe_mmdit
+    ): "joint_blocks.0.x_block.attn.qkv.weight",
+    Part("transformer", "model.diffusion_model.", keymaps.flux, describe_flux): "double_blocks.0.img_attn.qkv.weight",
+    Part("transformer", "", keymaps.dit, describe_dit): "y_embedder.embedding_table.weight",
+}

@@ -147,6 +147,9 @@ def describe(path: Path, variant: str | None = None, *, allow_pickle: bool = Fal
 
     published = _read(path, variant, weights=False, allow_pickle=allow_pickle)
     family, reason = recognize(published)
+    from sfumato.families.common import matched
+    from sfumato.families.matching import match
+
     headers = [weights_header(file, allow_pickle=allow_pickle) for file in published.files]
     numbers = sum(h.parameters for h in headers)
     stated = published.configs.get("scheduler", {}).get("prediction_type")
@@ -156,6 +159,7 @@ def describe(path: Path, variant: str | None = None, *, allow_pickle: bool = Fal
         "family": f"{family}: {reason}",
         **{k: v for k, v in published.why.items() if k != "family"},
         "prediction": f"{stated}: stated" if stated else undecided.get(family, "epsilon: this family's usual one"),
+        **matched(match(published, family)),
         "tensors": str(sum(len(h.tensors) for h in headers)),
         "parameters": f"{numbers / 1e6:.1f} M",
         "stored as": ", ".join(sorted({t.dtype for h in headers for t in h.tensors.values()})),

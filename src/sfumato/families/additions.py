@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sfumato.checkpoints.parts import PartOfModel
     from sfumato.checkpoints.published import Published
 
-KINDS = ("lora", "embedding", "vae", "controlnet")
+KINDS = ("lora", "embedding", "denoiser", "vae", "controlnet")
 MAX_ADDITIONS = 64
 MAX_WEIGHT = 100.0
 
@@ -74,15 +74,17 @@ class Additions:
         embeddings: words learned by textual inversion: how each is written in prompts, and its file.
         vae: an autoencoder to use instead of the model's own.
         controlnet: a network that guides the denoiser by a control picture.
+        denoiser: a denoiser to use instead of the model's own, such as a GGUF file.
     """
 
     loras: tuple[tuple[Path, float], ...] = ()
     embeddings: Mapping[str, Path] = field(default_factory=dict)
     vae: Path | None = None
     controlnet: Path | None = None
+    denoiser: Path | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.loras or self.embeddings or self.vae or self.controlnet)
+        return bool(self.loras or self.embeddings or self.vae or self.controlnet or self.denoiser)
 
     @classmethod
     def of(
@@ -91,6 +93,7 @@ class Additions:
         embeddings: Mapping[str, Location] | None = None,
         vae: Location | None = None,
         controlnet: Location | None = None,
+        denoiser: Location | None = None,
     ) -> Additions:
         """Build it from paths; a LoRA alone has weight 1. Raises BadRequest for what is no path, weight or word."""
         pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
@@ -107,6 +110,7 @@ class Additions:
             {word: Path(path).expanduser() for word, path in (embeddings or {}).items()},
             None if vae is None else Path(vae).expanduser(),
             None if controlnet is None else Path(controlnet).expanduser(),
+            None if denoiser is None else Path(denoiser).expanduser(),
         )
 
     def ingredients(self) -> Iterator[Ingredient]:
@@ -115,10 +119,10 @@ class Additions:
             yield Ingredient("lora", path.name, content_hash(path), weight=weight)
         for word, path in self.embeddings.items():
             yield Ingredient("embedding", path.name, content_hash(path), word=word)
-        if self.vae is not None:
-            yield Ingredient("vae", self.vae.name, content_hash(self.vae))
-        if self.controlnet is not None:
-            yield Ingredient("controlnet", self.controlnet.name, content_hash(self.controlnet))
+        for kind in ("denoiser", "vae", "controlnet"):
+            path: Path | None = getattr(self, kind)
+            if path is not None:
+                yield Ingredient(kind, path.name, content_hash(path))
 
     def apply(self, model: Published, *, allow_pickle: bool = False, partial: bool = False) -> Published:
         """The model with LoRAs, words, autoencoder and ControlNet; tensors that these leave as they are stay shared.
@@ -126,8 +130,12 @@ class Additions:
         Raises BadCheckpoint, naming the file, for what is none, is for another family, or matches nothing.
         """
         from sfumato.checkpoints.lora import add_loras, add_words, read_lora
-        from sfumato.checkpoints.parts import read_autoencoder, read_controlnet
+        from sfumato.checkpoints.parts import read_autoencoder, read_controlnet, read_denoiser
 
+        if self.denoiser is not None:  # LoRAs are added to it
+            component = next((c for c in ("unet", "transformer") if c in model.configs), "unet")
+            part = read_denoiser(self.denoiser, model.configs.get(component, {}), allow_pickle=allow_pickle)
+            model = _with(model, component, self.denoiser, part)
         loras = [(read_lora(path, allow_pickle=allow_pickle), weight) for path, weight in self.loras]
         model = add_loras(model, loras, partial=partial)
         for word, path in self.embeddings.items():

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from sfumato.checkpoints.published import DTYPES, Json, Published
-from sfumato.checkpoints.tensors import load_into
+from sfumato.checkpoints.tensors import LoadReport, load_into
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
 from sfumato.diffusion.schedules import Discrete, from_betas, linear, scaled_linear
@@ -47,7 +47,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 @contextmanager
-def _at_most(parameters: int) -> Iterator[None]:
+def at_most(parameters: int) -> Iterator[None]:
     """End the building of modules that have more parameters than this: a hostile configuration may ask for any number.
 
     Raises BadCheckpoint.
@@ -79,7 +79,7 @@ def build(
     if component not in model.tensors:
         raise BadCheckpoint(f"{model.path}: has no {component}")
     try:
-        with _at_most(2 * len(model.tensors[component]) + 100):
+        with at_most(2 * len(model.tensors[component]) + 100):
             if model.partial:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
@@ -99,7 +99,12 @@ def build(
 def autoencoder(model: Published) -> AnyAutoencoder:
     """Build the model's autoencoder, the KL one or the tiny one, with another one's decoder if it has that too."""
     own = _autoencoder(model, "vae")
-    return own if "vae_decoder" not in model.tensors else Halves(own, _autoencoder(model, "vae_decoder"))
+    if "vae_decoder" not in model.tensors:
+        return own
+    decoder = _autoencoder(model, "vae_decoder")
+    if decoder.config.factor != own.config.factor:
+        raise BadCheckpoint(f"the decoder makes {decoder.config.factor} pixels a cell, the model {own.config.factor}")
+    return Halves(own, decoder)
 
 
 def _autoencoder(model: Published, component: str) -> Autoencoder | TinyAutoencoder:
@@ -297,18 +302,21 @@ def assemble(
     )
 
 
-def card(model: Published, prediction: str) -> dict[str, str]:
-    """What ``sfumato info`` tells of a published model."""
-    reports = model.reports
+def matched(reports: Mapping[str, LoadReport]) -> dict[str, str]:
+    """What share of a model's tensors found its place and, of components where some did not, which."""
     loaded = sum(len(r.loaded) for r in reports.values())
     wanted = loaded + sum(len(r.missing) + len(r.misshaped) for r in reports.values())
     gaps = {f"{c}'s gaps": str(r) for c, r in reports.items() if r.matched < 1 or r.extra}
+    return {"matched": f"{100 * loaded / max(1, wanted):.4g}% of {wanted} tensors", **gaps}
+
+
+def card(model: Published, prediction: str) -> dict[str, str]:
+    """What ``sfumato info`` tells of a published model."""
     return {
         "form": model.form,
         **model.why,
         "prediction": model.why.get("prediction", prediction),
-        "matched": f"{100 * loaded / max(1, wanted):.4g}% of {wanted} tensors",
-        **gaps,
+        **matched(model.reports),
         "stored as": model.dtypes,
         "parameters": f"{model.parameters / 1e6:.1f} M",
         "size": f"{model.size / 2**20:.0f} MiB",

@@ -13,23 +13,29 @@ from dataclasses import replace
 from pathlib import Path
 
 from sfumato.checkpoints.folder import read_folder, write_folder
+from sfumato.checkpoints.formats import form_of, weights
 from sfumato.checkpoints.published import Published
-from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file
-from sfumato.errors import BadCheckpoint
-from sfumato.families import recognize
+from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file, write_tensors
+from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.families import locate, recognize
 from sfumato.text.tokenizer import END, START, clip_vocabulary, packaged_merges, packaged_pairs
 
 
-def convert(source: Path, target: Path, variant: str | None = None) -> Path:
+def convert(source: Path, target: Path, variant: str | None = None, *, allow_pickle: bool = False) -> Path:
     """Write the model at ``source``, a folder or a single file, to ``target`` in the other form, and return it.
 
-    Raises BadCheckpoint if the source is not whole, has no other form, or the target exists.
+    A pickle or a GGUF file becomes a safetensors file of the same tensors if the target's name ends so. Raises
+    BadCheckpoint if the source is not whole, has no other form, or the target exists.
     """
     if source.is_dir():
-        model = _without_packaged(read_folder(source, variant))
+        model = _without_packaged(read_folder(source, variant, allow_pickle=allow_pickle))
         write_single_file(model, target, layout_of(model))
+    elif target.suffix != ".safetensors":
+        write_folder(_with_tokenizers(read_single_file(source, allow_pickle=allow_pickle)), target)
+    elif form_of(source) == "safetensors":
+        raise BadRequest(f"{source} is a safetensors file already; name a folder to convert it to")
     else:
-        write_folder(_with_tokenizers(read_single_file(source)), target)
+        write_tensors(weights(source, allow_pickle=allow_pickle), target)
     return target
 
 
@@ -86,9 +92,11 @@ def _with_tokenizers(model: Published) -> Published:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``sfumato convert``; returns the exit code, and lets SfumatoError through."""
     parser = argparse.ArgumentParser(prog="sfumato convert", description="Folder to single file, or the other way.")
-    parser.add_argument("source", type=Path, help="a published folder or a single safetensors file")
+    parser.add_argument("source", help="a published folder, a single file, or a model's id on the hub")
     parser.add_argument("target", type=Path, help="where to write the other form; it must not exist")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .ckpt and .pt files too, in a process apart")
     parser.add_argument("--variant", help="which files of a folder to take, such as fp16")
     given = parser.parse_args(arguments)
-    print(convert(given.source, given.target, given.variant))
+    source = locate(given.source, given.variant)
+    print(convert(source, given.target, given.variant, allow_pickle=given.allow_pickle))
     return 0

@@ -300,7 +300,7 @@ class Pipeline:
             out = self._call(self._wide_network, p.gain(level) * x, clock, conditioning)
             if not out.isfinite().all():
                 raise BadCheckpoint(
-                    f"model {self.model.name!r} gives NaN, also in a wider type: its weights are damaged"
+                    f"model {self.model.name!r} gives NaN, also in a wider type: {_damage(self.model.network)}"
                 )
         return p(x, level, out)
 
@@ -369,6 +369,7 @@ def load(
     embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
     vae: str | os.PathLike[str] | None = None,
     controlnet: str | os.PathLike[str] | None = None,
+    denoiser: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
     partial: bool = False,
@@ -383,6 +384,7 @@ def load(
         embeddings: words learned by textual inversion: how each is written in prompts → its file.
         vae: an autoencoder to use instead of the model's own.
         controlnet: a network that guides a U-Net by a request's ``control_image``.
+        denoiser: a denoiser to use instead of the model's own, such as a GGUF file.
         variant: which files of a folder to take, such as "fp16".
         allow_pickle: read .ckpt, .pt and .bin files too, in a child process that may build tensors alone.
         partial: let missing, extra and misshaped tensors pass; the model's card tells which.
@@ -395,12 +397,22 @@ def load(
     from sfumato import families
 
     name = None if path_or_name is None else os.fspath(path_or_name)
-    additions = families.Additions.of(loras, embeddings, vae, controlnet)
+    additions = families.Additions.of(loras, embeddings, vae, controlnet, denoiser)
     how = {"variant": variant, "allow_pickle": allow_pickle, "partial": partial, "dtype": dtype, "memory": memory}
     return Pipeline(families.load(name, additions, **how), batch)
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def _damage(network: nn.Module) -> str:
+    """Say which weights are to blame for NaN."""
+    bad = [name for name, p in network.named_parameters() if not p.isfinite().all()]
+    return (
+        f"its weights are damaged: NaN or infinity in {len(bad)} of them, {bad[0]} first"
+        if bad
+        else ("its weights are damaged, or too large")
+    )
 
 
 def _walk(
