@@ -78,6 +78,8 @@ def test_pictures_equal_diffusers_from_folder_and_from_single_file(
         facts = describe(path)
         assert facts["family"].startswith(f"{family}: ")
         assert facts["parameters"] == ours.model.card["parameters"]
+        assert facts["matched"] == ours.model.card["matched"]
+        assert facts["matched"].startswith("100% of ")
         assert facts["prediction"].startswith(theirs.scheduler.config.prediction_type)
 
     bare = tmp_path / "bare.safetensors"
@@ -139,6 +141,7 @@ def test_pictures_of_flows_equal_diffusers(flowing: tuple[str, int, DiffusionPip
     back = convert(file, tmp_path / "back")
     assert convert(back, tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
     assert read_folder(back).fingerprint() == model.hash
+    assert describe(file)["matched"].startswith("100% of ")
     if family == "sd3" and seed % 2 == 0:
         bare = tmp_path / "bare.safetensors"
         save_file(load_file(file), bare)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato.checkpoints.single_file import METADATA
-from sfumato.errors import BadCheckpoint
+from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.families import describe
 from sfumato.families.convert import convert, main
 
 Tensors = dict[str, torch.Tensor]
@@ -112,6 +113,32 @@ def test_the_command_converts_and_leaves_what_exists(single: Path, tmp_path: Pat
         main([str(single), str(tmp_path / "model")])
     with pytest.raises(BadCheckpoint, match="exists already"):
         main([str(tmp_path / "model"), str(single)])
+
+
+def test_info_tells_what_does_not_match_without_reading_it(single: Path, tmp_path: Path) -> None:
+    tensors = load_file(single)
+    spoilt = without("input_blocks.1.0.in_layers.0.bias")(plus(UNET + "out.0.bias", 5)(tensors))
+    save_file(spoilt, tmp_path / "model.safetensors")
+    facts = describe(tmp_path / "model.safetensors")
+    assert facts["matched"].startswith("99.")
+    assert "1 missing: down_blocks.0.resnets.0.norm1.bias; 1 misshaped: conv_norm_out.bias" in facts["unet's gaps"]
+
+
+def test_a_ckpt_becomes_safetensors_and_is_the_same_model(single: Path, tmp_path: Path, capsys: Any) -> None:
+    tensors = load_file(single)
+    ckpt, named = tmp_path / "model.ckpt", tmp_path / "named.ckpt"
+    torch.save({"state_dict": tensors, "global_step": 5}, ckpt)
+    with pytest.raises(BadCheckpoint, match="--allow-pickle"):
+        main([str(ckpt), str(tmp_path / "model.safetensors")])
+    assert main([str(ckpt), str(tmp_path / "model.safetensors"), "--allow-pickle"]) == 0
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[k], t) for k, t in tensors.items())
+    assert sfumato.load(ckpt, allow_pickle=True).model.hash == sfumato.load(tmp_path / "model.safetensors").model.hash
+    save_file(tensors, named)  # what it is, its content says
+    assert sfumato.load(named).model.family == "sd1"
+    with pytest.raises(BadRequest, match="already"):
+        main([str(named), str(tmp_path / "other.safetensors")])
 
 
 def test_weights_and_long_prompts_change_the_words(single: Path) -> None:

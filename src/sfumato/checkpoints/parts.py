@@ -219,6 +219,9 @@ def _describe_tiny(s: Shapes) -> dict[str, Any]:
     return config
 
 
+UNTOLD = ("attention_head_dim", "num_attention_heads", "axes_dims_rope", "sample_size")  # by shapes
+
+
 def read_denoiser(path: Path, base: Json, *, allow_pickle: bool = False) -> PartOfModel:
     """Read a denoiser alone, under the names of single files, as FLUX and SD 3 and GGUF files are published.
 
@@ -249,5 +252,6 @@ def read_denoiser(path: Path, base: Json, *, allow_pickle: bool = False) -> Part
         ):
             raise BadCheckpoint(f"{path}: {len(left)} tensors have no place in a denoiser: {', '.join(left[:3])}")
         told = {**described, **base} if part.component == "unet" or dit else {**base, **described}
+        told |= {k: base[k] for k in UNTOLD if k in base}
         return PartOfModel(told, to_ours(own, places), (path,))
     raise BadCheckpoint(f"{path}: no denoiser: {describe_foreign({k: tuple(t.shape) for k, t in raw.items()})}")

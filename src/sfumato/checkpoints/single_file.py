@@ -427,7 +427,7 @@ def describe_flux(s: Shapes) -> dict[str, Any]:
 
 def describe_dit(s: Shapes) -> dict[str, Any]:
     """DiT under its makers' names, but for its heads."""
-    dim, channels, patch, _ = s["x_embedder.proj.weight"]
+    _, channels, patch, _ = s["x_embedder.proj.weight"]
     return {
         "_class_name": "DiTTransformer2DModel",
         "in_channels": channels,
