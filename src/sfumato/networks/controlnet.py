@@ -108,6 +108,5 @@ class Controlled(nn.Module):
         control: Sequence[Tensor] | None = None
         if hint is not None and hint_scale is not None:
             shared = {k: v for k, v in told.items() if k in ("mask", "pooled", "sizes")}
-            noisy = x[:, : self.controlnet.config.in_channels]  # not what a network that inpaints is told besides
-            control = self.controlnet(noisy, clock, context, hint, hint_scale, **shared)
+            control = self.controlnet(x, clock, context, hint, hint_scale, **shared)
         return self.unet(x, clock, context, control=control, **told)
