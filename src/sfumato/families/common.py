@@ -31,7 +31,7 @@ from sfumato.text.t5 import T5Encoder
 from sfumato.text.tokenizer import Words, clip_words, t5_words
 
 M = TypeVar("M", bound=nn.Module)
-V = TypeVar("V", Autoencoder, TinyAutoencoder, CompactAutoencoder)
+V = TypeVar("V", bound=AnyAutoencoder | CompactAutoencoder)
 
 
 class _Unfilled(TorchFunctionMode):
