@@ -23,7 +23,9 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"pipeline", "families", "checkpoints", "data", "networks"},
     "search": {"evaluation", "families", "data"},
     "server": {"inside", "pipeline", "families", "diffusion"},
-    "cli": {"pipeline", "training", "evaluation", "search", "server", "families", "checkpoints", "diffusion", "data"},
+    "cli": {
+        "pipeline", "training", "evaluation", "search", "inside", "server", "families", "checkpoints", "diffusion", "data",
+    },
     "__init__": {"pipeline"},
     "__main__": {"cli"},
 }

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 FORWARDED = {  # command → module whose ``main(argv) -> int`` reads the command's own flags
     "train": ("sfumato.training.cli", "train a model by a recipe, or on a folder of pictures"),
     "evaluate": ("sfumato.evaluation.cli", "measure a model against real pictures"),
+    "explain": (
+        "sfumato.inside.cli",
+        "look inside a picture: its path, its words, guidance, samplers, in one HTML file",
+    ),
     "convert": ("sfumato.families.convert", "turn a published folder into a single file, or the other way"),
     "data": ("sfumato.data.cli", "check a data set, or rebuild the corpus"),
     "search": ("sfumato.search", "find pictures by words"),

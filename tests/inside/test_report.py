@@ -1,0 +1,124 @@
+"""`sfumato explain`: one file, of real values, that asks nobody for anything."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato.cli import main
+from sfumato.inside.plot import Series, axis, chart
+from sfumato.inside.report import lit
+
+PROMPT = '<script>alert(1)</script> a "red" apple & onerror='
+
+
+class Links(HTMLParser):
+    """All that a page refers to, and the tags it is made of."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.policy = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        given = dict(attrs)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action", "data", "poster")]
+        assert not [k for k, _ in attrs if k.startswith("on") or k == "style"]
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given["content"] or ""
+
+
+@pytest.fixture(scope="module")
+def explained(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("explain")
+    picture, page = folder / "apple.png", folder / "report.html"
+    flags = ["--model", str(tiny_file)]
+    assert main(["generate", PROMPT, "--seed", "3", "--steps", "3", "--out", str(picture), *flags]) == 0
+    assert main(["explain", str(picture), "--out", str(page), "--steps", "3,6", *flags]) == 0
+    assert main(["explain", str(picture), "--out", str(page), "--steps", "3,6", *flags]) == 2, "it exists already"
+    return page.read_text()
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing_of_the_prompt(explained: str) -> None:
+    page = Links(explained)
+    assert page.links
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert page.tags.count("script") == 1, "its own; none of the prompt's"
+    assert "&lt;script&gt;alert(1)" in explained
+    assert "default-src 'none'" in page.policy
+    assert "unsafe" not in page.policy
+
+
+def test_the_page_shows_every_part_with_the_models_values(explained: str) -> None:
+    assert "equal in every pixel" in explained
+    assert "not equal" not in explained
+    assert explained.count("<figure data-frame") == 4, "three steps and the end"
+    for head in ("Its path", "Where each word looked", "What guidance does", "Samplers side by side", "The schedule"):
+        assert f"<h2>{head}" in explained
+    words = re.search(r"<table>.*?</table>", explained, re.S)
+    assert words is not None
+    shares = [float(v) for v in re.findall(r"<figcaption>([\d.]+)%", words[0])]
+    rows = words[0].count('<th scope="row">')
+    steps = len(shares) // rows
+    for step in range(steps):
+        assert sum(shares[step::steps]) == pytest.approx(100, abs=0.05 * rows + 0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["missing.png"], 4, "no such file"),
+        (["grid.png"], 2, "grid of 2"),
+        (["one.png", "--out", "x.txt"], 2, "must end in .html"),
+        (["one.png", "--steps", "0"], 2, "from 1 to 500"),
+        (["one.png", "--noise", "grid.html"], 2, "no picture that can be read"),
+        (["plain.png"], 4, "no request inside"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    arguments: list[str], code: int, told: str, tiny_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(tiny_file)]
+    for name in {"grid.png", "one.png"} & set(arguments):
+        more = ["-n", "2", "--grid"] if name == "grid.png" else []
+        assert (
+            main(["generate", "apple", "--seed", "1", "--steps", "1", "--out", str(tmp_path / name), *more, *model])
+            == 0
+        )
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "grid.html").write_text("<svg/>")
+    capfd.readouterr()
+    paths = [str(tmp_path / a) if "." in a else a for a in arguments]
+    assert main(["explain", *paths, *model]) == code
+    error = capfd.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_picture_is_lit_where_the_map_is_bright() -> None:
+    pixels = np.full((8, 8, 3), 240, np.uint8)
+    map = np.zeros((2, 2), np.float32)
+    map[0, 0] = 0.2  # its peak, whatever its size
+    out = lit(pixels, map)
+    assert out[0, 0, 0] == 240
+    assert out[-1, -1, 0] == round(240 * 0.16)
+
+
+def test_charts_place_values_on_their_axes() -> None:
+    log = axis("x", [1, 100], log=True)
+    assert log.at(log.low) == 0
+    assert log.at((log.low * log.high) ** 0.5) == pytest.approx(0.5)
+    assert {1, 10, 100} <= set(log.ticks())
+    assert axis("y", [0, 1]).low == 0
+    drawn = chart("a & b", [Series("s", [(1, 1), (2, float("inf")), (4, 0), (3, 2)])], "x", "y", ylog=True)
+    assert drawn.count("L") == 1, "what cannot be drawn is left out"
+    assert "a &amp; b" in drawn
+    assert chart("nothing", [Series("s", [])], "x", "y") == ""
