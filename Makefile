@@ -12,7 +12,7 @@ image: $(VENV)/.installed
 	@$(BIN)/sfumato generate "$(PROMPT)" $(ARGS)
 
 ## Every test
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(VENV)/.chromium
 	@$(BIN)/python -m pytest
 
 ## Style, types
@@ -61,6 +61,14 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(WITHOUT_THEIRS)
+	@touch $@
+
+# The page is tested in a real Chromium; without one those tests skip and say so. As root on Debian it is put there.
+CHROMIUM := command -v chromium || command -v chromium-browser || command -v google-chrome
+APT := DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium
+$(VENV)/.chromium: $(VENV)/bin/python
+	@{ $(CHROMIUM); } >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+		{ $(APT) || { apt-get update -qq && $(APT); }; } >/dev/null 2>&1 || echo "no Chromium: the page is not tested" >&2
 	@touch $@
 
 # Wanted for tests, without the frameworks they ask for: weights, and networks to compare with.

@@ -157,11 +157,11 @@ def test_paint_watch_reload_search(open_page: Open, site: str) -> None:
     assert (preview.get_attribute("src") or "").startswith("data:image/png;base64,"), "watched as it comes out"
     page.locator("#after:not([hidden])").wait_for()
     assert page.locator(".easel button.tile").count() == 2
-    assert page.locator("#live").inner_text() == "Done: 2 pictures."
+    page.locator("#live", has_text="Done: 2 pictures.").wait_for(state="attached")
     page.reload()
     page.locator("#recent .tile").nth(1).wait_for()
     page.goto(f"{site}/#/gallery")
-    assert page.locator("#gallery-count").inner_text() == "2 pictures"
+    page.locator("#gallery-count", has_text="2 pictures").wait_for()
     page.fill("#search", "apple 5")
     page.locator("#gallery li").nth(0).wait_for()
     page.fill("#search", "zebra")
@@ -292,6 +292,7 @@ def test_look_inside(open_page: Open, site: str) -> None:
     assert seen.nth(0).get_attribute("src") != before
     assert "σ 1" in (page.locator("#path-step").get_attribute("aria-valuetext") or ""), "it begins in pure noise"
     chips = page.locator("#path-out .chip")
+    chips.nth(3).wait_for()
     assert chips.all_inner_texts() == ["a", "red", "apple", "start and end"]
     chips.nth(2).click()
     page.get_by_text("“apple” at step 0").wait_for()
