@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from sfumato.families.model import Model
-from sfumato.inside.attention import Layer, Recorder, heads_of, maps, twin, watch, weights
+from sfumato.inside.attention import Layer, Recorder, attends, heads_of, maps, twin, watch, weights
 from sfumato.inside.path import Frame, trajectory
 from sfumato.networks.blocks import Attention, CrossAttention
 from sfumato.networks.modulated import JointAttention
+from sfumato.networks.worded import WordedAttention
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
@@ -39,6 +40,11 @@ LAYERS = {
     "native": lambda: (Attention(12, 3, 8), (torch.randn(1, 20, 12), torch.randn(1, 5, 8)), 5),
     "native, masked": lambda: (
         Attention(12, 3, 8),
+        (torch.randn(1, 20, 12), torch.randn(1, 5, 8), torch.tensor([[True, True, True, False, False]])),
+        5,
+    ),
+    "worded": lambda: (
+        WordedAttention(12, 3, 4, 8),
         (torch.randn(1, 20, 12), torch.randn(1, 5, 8), torch.tensor([[True, True, True, False, False]])),
         5,
     ),
@@ -81,7 +87,10 @@ def test_weights_reproduce_the_layers_own_output(kind: str) -> None:
         torch.testing.assert_close(one.sum(-1), torch.ones(len(one)))
         parts.append(one @ v[0, a])
     y = torch.cat(parts, dim=-1)
-    if isinstance(module, Attention):
+    if isinstance(module, WordedAttention):
+        nn.init.normal_(module.to_out.weight)
+        expected = module(*args)
+    if isinstance(module, (Attention, WordedAttention)):
         y = module.to_out(y)
     elif isinstance(module, CrossAttention) or module.projected:
         y = module.to_out[0](y)
@@ -91,7 +100,8 @@ def test_weights_reproduce_the_layers_own_output(kind: str) -> None:
 
 def test_self_attention_is_not_taken_for_words() -> None:
     x = torch.randn(1, 20, 12)
-    for module in (Attention(12, 3), CrossAttention(12, 3), JointAttention(12, 3, 4)):
+    for module in (Attention(12, 3), CrossAttention(12, 3), JointAttention(12, 3, 4), WordedAttention(12, 3, 4)):
+        assert attends(module)
         assert heads_of(module, (x,), {}, 5) is None
 
 

@@ -109,7 +109,7 @@ def test_forward_noise_is_the_closed_form_and_the_ideal_denoiser_errs_as_much_as
     with pytest.raises(BadRequest, match="size"):
         next(forward(ideal, request, pixels[:32]))
     with pytest.raises(BadRequest, match="encoder"):
-        next(forward(Pipeline(replace(ideal.model, factor=2)), request, pixels))
+        next(forward(Pipeline(replace(ideal.model, encode_picture=None)), request, pixels))
 
 
 def test_a_schedules_curve_and_the_levels_on_it(tiny: Model) -> None:

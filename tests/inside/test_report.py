@@ -79,7 +79,7 @@ def test_the_page_shows_every_part_with_the_models_values(explained: str) -> Non
         (["grid.png"], 2, "grid of 2"),
         (["one.png", "--out", "x.txt"], 2, "must end in .html"),
         (["one.png", "--steps", "0"], 2, "from 1 to 500"),
-        (["one.png", "--noise", "grid.html"], 2, "no picture that can be read"),
+        (["one.png", "--noise", "notes.html"], 2, "no picture that can be read"),
         (["plain.png"], 4, "no request inside"),
     ],
 )
@@ -94,7 +94,7 @@ def test_bad_input_gets_one_line(
             == 0
         )
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    (tmp_path / "grid.html").write_text("<svg/>")
+    (tmp_path / "notes.html").write_text("<svg/>")
     capfd.readouterr()
     paths = [str(tmp_path / a) if "." in a else a for a in arguments]
     assert main(["explain", *paths, *model]) == code

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.families.model import Model
-from sfumato.networks.blocks import Attention, CrossAttention, split_heads
+from sfumato.networks.blocks import CrossAttention, split_heads
 from sfumato.networks.modulated import JointAttention
 from sfumato.text.spelling import Word
 
@@ -41,45 +41,38 @@ class Heads(NamedTuple):
     words: slice
 
 
-def _attention(m: Attention, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Heads | None:
-    if context is None:
-        return None  # cells among themselves
-    q, k, _ = m.project(x, context)
-    return Heads(q, k, mask, slice(None))
-
-
-def _cross(m: CrossAttention, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Heads | None:
-    if context is None:
-        return None
-    return Heads(split_heads(m.to_q(x), m.heads), split_heads(m.to_k(context), m.heads), mask, slice(None))
-
-
-def _joint(
-    m: JointAttention, x: Tensor, words: Tensor | None = None, rotation: Any = None, *, columns: int
-) -> Heads | None:
-    """Words of their own, or, in one sequence with the cells and turned with them, at its beginning."""
-    if words is None and rotation is None:
-        return None
-    q, k, _ = m.project(x, words, rotation)
-    return Heads(q[:, :, columns:], k, None, slice(0, columns))
-
-
 def heads_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], columns: int) -> Heads | None:
     """Queries and keys of an attention layer called so, or None if it does not attend to words.
 
     Args:
         columns: how many columns the context has.
     """
-    if isinstance(module, JointAttention):
-        return _joint(module, *args, columns=columns, **kwargs)
-    return LAYERS[type(module)](module, *args, **kwargs)
+    reader = _joint if isinstance(module, JointAttention) else _cross
+    return reader(module, columns, *args, **kwargs)
 
 
-LAYERS: dict[type[nn.Module], Callable[..., Heads | None]] = {
-    Attention: _attention,
-    CrossAttention: _cross,
-    JointAttention: _joint,
-}
+def attends(module: nn.Module) -> bool:
+    """Whether a layer is attention: it has heads, and projects what it is given to queries, keys and values."""
+    return isinstance(getattr(module, "heads", None), int) and (hasattr(module, "project") or hasattr(module, "to_q"))
+
+
+def _cross(m: Any, columns: int, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Heads | None:
+    if context is None:
+        return None  # cells among themselves
+    if isinstance(m, CrossAttention):
+        return Heads(split_heads(m.to_q(x), m.heads), split_heads(m.to_k(context), m.heads), mask, slice(None))
+    q, k, _ = m.project(x, context)
+    return Heads(q, k, mask, slice(None))
+
+
+def _joint(
+    m: JointAttention, columns: int, x: Tensor, words: Tensor | None = None, rotation: Any = None
+) -> Heads | None:
+    """Words of their own, or, in one sequence with the cells and turned with them, at its beginning."""
+    if words is None and rotation is None:
+        return None
+    q, k, _ = m.project(x, words, rotation)
+    return Heads(q[:, :, columns:], k, None, slice(0, columns))
 
 
 @torch.no_grad()
@@ -187,7 +180,7 @@ def watch(model: Model, *, attention: bool = True) -> tuple[Model, Recorder]:
 
     network.register_forward_pre_hook(begin, with_kwargs=True)
     for module in network.modules():
-        if attention and type(module) in LAYERS:
+        if attention and attends(module):
             module.register_forward_hook(record, with_kwargs=True)
     return replace(model, network=network, parameterization=replace(p, clock=clock)), recorder
 

@@ -65,12 +65,9 @@ def forward(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
 
 def fitted(image: Image.Image, request: Request) -> Pixels:
     """A picture cropped to the proportions of a resolved request, at its size, on white: uint8 (H, W, 3)."""
-    assert request.width is not None
-    assert request.height is not None
     page = Image.new("RGBA", image.size, "white")
     page.alpha_composite(image.convert("RGBA"))
-    size = (request.width, request.height)
-    return np.asarray(ImageOps.fit(page.convert("RGB"), size, Image.Resampling.LANCZOS)).copy()
+    return np.asarray(ImageOps.fit(page.convert("RGB"), request.size, Image.Resampling.LANCZOS)).copy()
 
 
 def digest(pixels: Pixels) -> str:

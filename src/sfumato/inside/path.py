@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sfumato.diffusion.level import NoiseLevel, q_sample
@@ -149,20 +148,12 @@ def forward(pipe: Pipeline, request: Request, pixels: Pixels) -> Iterator[Noised
         pixels: uint8 (H, W, 3), of the request's size.
     """
     request = replace(request, n=1).resolve(pipe.model)
-    if pixels.shape != (request.height, request.width, 3):
+    if pixels.shape != (*request.size[::-1], 3):
         raise BadRequest(f"the picture has {pixels.shape[1]}x{pixels.shape[0]} pixels: give it the request's size")
-    x0, path = encoded(pipe, pixels), pipe.path(request)
+    x0, path = pipe.latents([pixels]), pipe.path(request)
     denoise, eps = pipe.denoiser(request), pipe.initial_noise(request)
     for level in reversed(path[:-1]):
         x = q_sample(x0, eps, level)
         out = denoise(x, level)
         error = float((out.x0 - x0).square().mean().sqrt())
         yield Noised(level, visible(pipe, x, level), pipe.pixels(out.x0)[0], error)
-
-
-def encoded(pipe: Pipeline, pixels: Pixels) -> Tensor:
-    """A picture as the network sees pictures, (1, C, h, w); BadRequest for a model that has no encoder."""
-    if pipe.model.factor != 1:
-        raise BadRequest(f"model {pipe.model.name!r} has no encoder for pictures")
-    y = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().to(pipe.device) / 127.5 - 1
-    return y if pipe.model.channels == 3 else y.mean(1, keepdim=True)

@@ -55,7 +55,7 @@ def report(
             tell("its path", len(frames), len(pipe.path(request)))
     swept = [] if pipe.model.distilled else _found(compare.guidance(pipe, request, weights), "guidance", tell)
     exact, *runs = _found(compare.samplers(pipe, request, samplers, steps), "samplers", tell)
-    noised = list(path.forward(pipe, request, source)) if pipe.model.factor == 1 else []
+    noised = list(path.forward(pipe, request, source)) if pipe.model.encode_picture is not None else []
     drawn = path.curve(pipe.model.schedule, pipe.path(request))
     assert isinstance(exact, compare.Solution)
     body = "".join(
