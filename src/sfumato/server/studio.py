@@ -17,6 +17,7 @@ from sfumato.server.answers import as_api_error, read_json
 from sfumato.server.context import Context
 from sfumato.server.errors import ApiError, fail
 from sfumato.server.gallery import NAME
+from sfumato.server.inputs import with_pictures
 
 MAX_STEPS, MAX_LISTED = 100, 16  # of a comparison: steps of one run, entries of a list
 
@@ -73,7 +74,7 @@ def _arguments(context: Context, kind: str, asked: dict[str, Any]) -> tuple[dict
     facts = context.facts(entry.model["name"] if entry.model["name"] in context.sources else None)
     if facts.hash != entry.model["hash"]:
         fail(409, f"the picture was made by model {entry.model['name'][:60]!r}, whose weights are not served here")
-    arguments: dict[str, Any] = {"request": _request(entry.request)}
+    arguments: dict[str, Any] = {"request": _request(context, entry.request)}
     if kind == "path":
         arguments["pixels"] = _digest(path)
     if kind == "forward":
@@ -86,11 +87,12 @@ def _arguments(context: Context, kind: str, asked: dict[str, Any]) -> tuple[dict
     return arguments, facts.name
 
 
-def _request(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored request as it can be made again; pictures that it started from are only named in it."""
-    if any(stored.get(key) for key in ("init", "mask")):
-        fail(409, "this picture started from another one, which its file does not hold")
-    return {k: v for k, v in stored.items() if v is not None}
+def _request(context: Context, stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored request as it can be made again, with the pictures that it started from."""
+    try:
+        return with_pictures(context.settings, {k: v for k, v in stored.items() if v is not None})
+    except OSError:
+        fail(409, "the picture that this one started from is not here any more")
 
 
 def _digest(path: Path) -> str:

@@ -5,7 +5,7 @@ import { $, fill, h } from "./dom.js";
 export const state = { models: [], limits: {}, start: null, mask: null, extras: {} };
 const PLAIN = ["prompt", "negative", "n", "steps", "guidance", "width", "height", "seed", "sampler", "spacing"];
 const OWN = new Set([...PLAIN, "init", "mask", "strength"]);
-const QUIET = { guidance_rescale: 0, variation_strength: 0 };
+const says = (key, v) => v != null && v !== "" && v !== false && (v !== 0 || key.endsWith("seed")) && !(Array.isArray(v) && !v.length);
 const STYLES = ["oil painting", "watercolour", "pencil drawing", "photograph", "woodcut", "flat icon", "pixel art"];
 
 export const model = () => state.models.find((m) => m.name === $("model").value) ?? state.models[0];
@@ -101,7 +101,7 @@ export function use(r, modelName) {
   $("style").value = "";
   $("negative").value = r.negative ?? "";
   if (r.strength != null) $("strength").value = r.strength;
-  state.extras = Object.fromEntries(Object.entries(r).filter(([k, v]) => !OWN.has(k) && k !== "model" && v != null && v !== QUIET[k]));
+  state.extras = Object.fromEntries(Object.entries(r).filter(([k, v]) => !OWN.has(k) && k !== "model" && says(k, v)));
   showExtras();
   tell();
 }
@@ -110,6 +110,6 @@ export function showExtras() {
   const box = $("extras");
   fill(box, Object.entries(state.extras).map(([key, value]) =>
     h("button", { type: "button", class: "chip", title: "Remove", onclick: () => { delete state.extras[key]; showExtras(); } },
-      `${key.replaceAll("_", " ")} ${Array.isArray(value) ? value.join(", ") : value} ✕`)));
+      `${key.replaceAll("_", " ")} ${typeof value === "object" ? JSON.stringify(value) : value} ✕`)));
   box.hidden = !box.childElementCount;
 }

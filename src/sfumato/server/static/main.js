@@ -54,11 +54,9 @@ async function paint(request) {
   }
 }
 
-// What a stored request can be sent as: pictures in it are only named there.
+// A stored request as it can be sent again; pictures that it started from are records, which the server finds by hash.
 function again(picture) {
-  const { init, mask, ...rest } = picture.request;
-  const r = Object.fromEntries(Object.entries({ ...rest, model: picture.model?.name }).filter(([, v]) => v != null));
-  for (const [key, value] of [["init", init], ["mask", mask]]) if (value) r[key] = typeof value === "string" ? value : value.id;
+  const r = Object.fromEntries(Object.entries({ ...picture.request, model: picture.model?.name }).filter(([, v]) => v != null));
   if (!form.state.models.some((m) => m.name === r.model)) delete r.model;
   return r;
 }
@@ -69,10 +67,10 @@ const actions = {
     form.use(picture.request, picture.model?.name);
     toStudio();
     $("prompt").focus();
-    if (picture.request.init) toast("That picture started from another one: choose it again, under “From a picture”.");
+    const { init, mask, width, height } = picture.request;
+    if (init) start.startAgain({ id: init.sha256, url: `/uploads/${init.sha256}.png`, width, height }, !!mask);
   },
   replay(picture) {
-    if (picture.request.init && !again(picture).init) return actions.reuse(picture);
     paint({ ...again(picture), n: 1 });
   },
   vary(picture) {

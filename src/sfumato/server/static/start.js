@@ -52,6 +52,17 @@ export function startFrom(picture) {
   show();
 }
 
+// The picture that a stored request started from, if the server still has it; a mask is painted anew.
+export function startAgain(picture, masked) {
+  const probe = new Image();
+  probe.onload = () => {
+    startFrom(picture);
+    if (masked) toast("It repainted a part of a picture: paint the mask again, or replay it as it was.");
+  };
+  probe.onerror = () => toast("The picture that it started from is not here any more: choose one, under “From a picture”.");
+  probe.src = picture.url;
+}
+
 function show() {
   $("start").hidden = !state.start;
   $("drop").hidden = !!state.start;
