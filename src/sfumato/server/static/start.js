@@ -5,6 +5,7 @@ import { $, lightDismiss, openDialog, toast } from "./dom.js";
 import { state, tell } from "./form.js";
 
 const MAX = 32 * 2 ** 20;
+const TINT = "#d9822b"; // of the mask as it is painted; only where it is counts
 
 export function setUp() {
   $("file").addEventListener("change", async () => {
@@ -100,7 +101,7 @@ function openBrush() {
 function dab(from, to) {
   const c = $("brush-mask").getContext("2d"), { width, height } = $("brush-mask");
   c.globalCompositeOperation = brush.erase ? "destination-out" : "source-over";
-  c.strokeStyle = "#fff";
+  c.strokeStyle = TINT;
   c.lineCap = "round";
   c.lineWidth = size();
   c.beginPath();
@@ -169,7 +170,7 @@ function setUpBrush() {
   $("brush-invert").addEventListener("click", () => {
     const c = mask.getContext("2d");
     c.globalCompositeOperation = "xor";
-    c.fillStyle = "#fff";
+    c.fillStyle = TINT;
     c.fillRect(0, 0, mask.width, mask.height);
     tellShare();
   });
@@ -178,11 +179,12 @@ function setUpBrush() {
   $("brush-done").addEventListener("click", async () => {
     if (share() === 0) return toast("The mask is empty: draw over the part to make anew.");
     const { start } = state, small = new OffscreenCanvas(start.width, start.height), c = small.getContext("2d");
-    c.fillStyle = "#000";
-    c.fillRect(0, 0, start.width, start.height);
     c.drawImage(mask, 0, 0, start.width, start.height);
-    const data = c.getImageData(0, 0, start.width, start.height); // black or white, nothing between
-    for (let i = 0; i < data.data.length; i++) if (i % 4 < 3) data.data[i] = data.data[i] > 127 ? 255 : 0;
+    const data = c.getImageData(0, 0, start.width, start.height); // white where it was painted, else black
+    for (let i = 0; i < data.data.length; i += 4) {
+      data.data.fill(data.data[i + 3] > 127 ? 255 : 0, i, i + 3);
+      data.data[i + 3] = 255;
+    }
     c.putImageData(data, 0, 0);
     try {
       const kept = await upload("/uploads", await small.convertToBlob({ type: "image/png" }));
