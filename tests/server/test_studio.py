@@ -28,7 +28,7 @@ FLAGS = [
 ]  # fmt: skip
 SHOTS = Path(__file__).parents[2] / "outputs" / "screenshots"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-PATIENCE = 60_000  # milliseconds
+PATIENCE = 180_000  # milliseconds
 XSS = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>\'"><svg/onload=window.pwned=1>'
 
 
@@ -104,13 +104,15 @@ def open_page(chromium: Browser, site: str) -> Iterator[Open]:
     assert complaints == []
 
 
-def paint(page: Page, prompt: str, **settings: Any) -> None:
-    """Fill the form and send it; waits until the pictures are there."""
-    begin(page, prompt, **settings)
-    page.locator("#after:not([hidden])").wait_for()
+def paint(page: Page, prompt: str, **settings: Any) -> str:
+    """Fill the form and send it; returns the job's id when the pictures are there."""
+    job = begin(page, prompt, **settings)
+    page.locator(f"#easel[data-job='{job}'][data-state=done] button.tile").first.wait_for()
+    return job
 
 
-def begin(page: Page, prompt: str, **settings: Any) -> None:
+def begin(page: Page, prompt: str, **settings: Any) -> str:
+    """Fill the form and send it; returns the job's id."""
     page.locator("details.fold").first.evaluate("fold => fold.open = true")
     for name, value in settings.items():
         if page.locator(f"#{name}").get_attribute("type") == "range":
@@ -118,8 +120,9 @@ def begin(page: Page, prompt: str, **settings: Any) -> None:
         else:
             page.fill(f"#{name}", str(value))
     page.fill("#prompt", prompt)
-    page.click("#go")
-    page.locator("#after[hidden]").wait_for(state="attached")
+    with page.expect_response(lambda r: r.request.method == "POST" and r.url.endswith("/jobs")) as sent:
+        page.click("#go")
+    return str(sent.value.json()["id"])
 
 
 def ask(site: str, path: str) -> Any:
@@ -129,7 +132,8 @@ def ask(site: str, path: str) -> Any:
 
 def shoot(page: Page, name: str) -> None:
     SHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+    whole = page.locator("dialog[open]").count() == 0
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=whole, timeout=PATIENCE)
 
 
 def faults(page: Page) -> list[str]:
@@ -194,7 +198,10 @@ def test_cancel_and_come_back(open_page: Open, site: str) -> None:
 
 def test_what_cannot_be_served_is_told_in_the_form(open_page: Open) -> None:
     page = open_page(strict=False)  # Chromium logs refused requests
-    begin(page, "an apple", width=17)
+    page.locator("details.fold").first.evaluate("fold => fold.open = true")
+    page.fill("#width", "17")
+    page.fill("#prompt", "an apple")
+    page.click("#go")
     assert page.evaluate("document.getElementById('width').validity.stepMismatch"), "the form itself knows better"
     page.locator("#compose").evaluate("form => form.noValidate = true")
     page.click("#go")
@@ -241,8 +248,7 @@ def test_repaint_a_part_of_a_picture(open_page: Open, site: str) -> None:
     page.get_by_role("button", name="Use this mask").click()
     page.locator("#brush[open]").wait_for(state="detached")
     with page.expect_request(lambda r: r.method == "POST" and r.url == f"{site}/jobs") as sent:
-        page.fill("#prompt", "a blue apple")
-        page.click("#go")
+        job = paint(page, "a blue apple")
     body = sent.value.post_data_json
     assert body["init"].endswith("-0"), "the picture's own id"
     mask = Image.open(urllib.request.urlopen(f"{site}/uploads/{body['mask']}.png")).convert("L")
@@ -250,9 +256,7 @@ def test_repaint_a_part_of_a_picture(open_page: Open, site: str) -> None:
     values = list(mask.getdata())
     assert set(values) == {0, 255}
     assert abs(values.count(255) / len(values) - share / 100) < 0.1, "white where it was painted"
-    page.locator("#after:not([hidden])").wait_for()
-    (job,) = [j for j in ask(site, "/jobs")["jobs"] if j["request"]["prompt"] == "a blue apple"]
-    assert job["state"] == "done"
+    assert ask(site, f"/jobs/{job}")["request"]["mask"]["sha256"]
 
 
 def test_variations_and_the_way_between_two_pictures(open_page: Open, site: str) -> None:
@@ -417,7 +421,8 @@ def test_every_view_fits_and_is_accessible(open_page: Open, site: str, size: dic
 def test_a_server_that_is_gone_is_told(open_page: Open, site: str) -> None:
     page = open_page(strict=False)
     page.route("**/jobs", lambda route: route.abort())
-    begin(page, "an apple")
+    page.fill("#prompt", "an apple")
+    page.click("#go")
     page.locator("#complaint", has_text="cannot be reached").wait_for()
     page.route("**/pictures?*", lambda route: route.abort())
     page.goto(f"{site}/#/gallery")

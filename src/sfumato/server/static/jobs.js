@@ -50,6 +50,7 @@ export function watch(job) {
   const source = new EventSource(`/jobs/${job.id}/events`);
   watched = { job, source, tiles: [], said: "" };
   layOut(job.request);
+  Object.assign($("easel").dataset, { job: job.id, state: job.state });
   $("after").hidden = true;
   tellPlace(job);
   const on = (name, run) => source.addEventListener(name, (e) => watched?.source === source && run(JSON.parse(e.data)));
@@ -111,6 +112,7 @@ function say(text) {
 function end(job) {
   const tiles = watched.tiles;
   watched = null;
+  $("easel").dataset.state = job.state;
   $("progress").hidden = true;
   $("easel").classList.remove("live");
   if (job.state === "done") {

@@ -78,6 +78,7 @@ function show() {
 
 // ── the brush ──
 
+const ink = () => $("brush-mask").getContext("2d", { willReadFrequently: true });
 const brush = { x: 0.5, y: 0.5, down: false, erase: false };
 
 const size = () => ($("brush-size").value / 100) * $("brush-mask").width;
@@ -91,7 +92,7 @@ function openBrush() {
   }
   $("brush-image").src = start.url;
   $("brush-image").classList.toggle("crisp", start.width <= 64);
-  if (state.mask) mask.getContext("2d").drawImage(state.mask.canvas, 0, 0);
+  if (state.mask) ink().drawImage(state.mask.canvas, 0, 0);
   openDialog($("brush"));
   drawCursor();
   tellShare();
@@ -99,7 +100,7 @@ function openBrush() {
 }
 
 function dab(from, to) {
-  const c = $("brush-mask").getContext("2d"), { width, height } = $("brush-mask");
+  const c = ink(), { width, height } = $("brush-mask");
   c.globalCompositeOperation = brush.erase ? "destination-out" : "source-over";
   c.strokeStyle = TINT;
   c.lineCap = "round";
@@ -123,7 +124,7 @@ function drawCursor() {
 }
 
 function share() {
-  const mask = $("brush-mask"), data = mask.getContext("2d").getImageData(0, 0, mask.width, mask.height).data;
+  const mask = $("brush-mask"), data = ink().getImageData(0, 0, mask.width, mask.height).data;
   let on = 0;
   for (let i = 3; i < data.length; i += 4) on += data[i] > 127;
   return on / (data.length / 4);
@@ -166,9 +167,9 @@ function setUpBrush() {
     brush.erase = !brush.erase;
     $("brush-erase").setAttribute("aria-pressed", brush.erase);
   });
-  $("brush-clear").addEventListener("click", () => { mask.getContext("2d").clearRect(0, 0, mask.width, mask.height); tellShare(); });
+  $("brush-clear").addEventListener("click", () => { ink().clearRect(0, 0, mask.width, mask.height); tellShare(); });
   $("brush-invert").addEventListener("click", () => {
-    const c = mask.getContext("2d");
+    const c = ink();
     c.globalCompositeOperation = "xor";
     c.fillStyle = TINT;
     c.fillRect(0, 0, mask.width, mask.height);
@@ -178,7 +179,7 @@ function setUpBrush() {
   lightDismiss($("brush"));
   $("brush-done").addEventListener("click", async () => {
     if (share() === 0) return toast("The mask is empty: draw over the part to make anew.");
-    const { start } = state, small = new OffscreenCanvas(start.width, start.height), c = small.getContext("2d");
+    const { start } = state, small = new OffscreenCanvas(start.width, start.height), c = small.getContext("2d", { willReadFrequently: true });
     c.drawImage(mask, 0, 0, start.width, start.height);
     const data = c.getImageData(0, 0, start.width, start.height); // white where it was painted, else black
     for (let i = 0; i < data.data.length; i += 4) {
