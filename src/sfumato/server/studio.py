@@ -71,8 +71,9 @@ def _arguments(context: Context, kind: str, asked: dict[str, Any]) -> tuple[dict
     entry = None if path is None else context.gallery.get(str(id))
     if path is None or entry is None:
         fail(404, "there is no such picture")
-    facts = context.facts(entry.model["name"] if entry.model["name"] in context.sources else None)
-    if facts.hash != entry.model["hash"]:
+    facts = next((m for m in context.models.values() if m.hash == entry.model["hash"]), None)
+    if facts is None:
+        context.facts(None)  # which tells of models that are still being loaded
         fail(409, f"the picture was made by model {entry.model['name'][:60]!r}, whose weights are not served here")
     arguments: dict[str, Any] = {"request": _request(context, entry.request)}
     if kind == "path":

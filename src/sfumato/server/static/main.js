@@ -56,15 +56,18 @@ async function paint(request) {
 
 // A stored request as it can be sent again; pictures that it started from are records, which the server finds by hash.
 function again(picture) {
-  const r = Object.fromEntries(Object.entries({ ...picture.request, model: picture.model?.name }).filter(([, v]) => v != null));
-  if (!form.state.models.some((m) => m.name === r.model)) delete r.model;
-  return r;
+  return Object.fromEntries(Object.entries({ ...picture.request, model: served(picture.model) }).filter(([, v]) => v != null));
+}
+
+// The name by which the server knows a picture's model; pictures name the file, and are surest by its hash.
+function served(model) {
+  return form.state.models.find((m) => (model?.hash ? m.hash === model.hash : m.name === model?.name))?.name;
 }
 
 const actions = {
   reuse(picture) {
     start.clear();
-    form.use(picture.request, picture.model?.name);
+    form.use(picture.request, served(picture.model));
     toStudio();
     $("prompt").focus();
     const { init, mask, width, height } = picture.request;
