@@ -47,8 +47,9 @@ def heads_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
     Args:
         columns: how many columns the context has.
     """
-    reader = _joint if isinstance(module, JointAttention) else _cross
-    return reader(module, columns, *args, **kwargs)
+    if isinstance(module, JointAttention):
+        return _joint(module, columns, *args, **kwargs)
+    return _cross(module, columns, *args, **kwargs)
 
 
 def attends(module: nn.Module) -> bool:

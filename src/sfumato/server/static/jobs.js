@@ -22,6 +22,7 @@ export async function submit(request) {
   const job = await post("/jobs", request);
   strip = null;
   watch(job);
+  if (matchMedia("(max-width: 900px)").matches) $("easel").scrollIntoView({ block: "center" });
   refresh();
   return job;
 }
