@@ -1,9 +1,9 @@
-"""A trained model of our own as the embedded one: its word table narrowed, its card and defaults set.
+"""A trained model of our own as the embedded one: its word table in eight bits, its card and defaults set.
 
-    python tools/embed.py RUN/final.safetensors src/sfumato/models/NAME.safetensors RECIPE.yaml [--token-dim 45]
+    python tools/embed.py RUN/final.safetensors src/sfumato/models/NAME.safetensors RECIPE.yaml [--preview FILE]
 
-Words go through a table (V, E) and a matrix that widens them (E, D), whose product has rank E. Of that product the
-first singular directions are kept (Eckart & Young 1936), so that the file fits its size; how much is lost is printed.
+The word table, which stays as it was laid out from word vectors, is kept as floats of eight bits (E4M3: 2209.05433), so
+that everything fits its size; how much is lost is printed. All else is fp16.
 """
 
 from __future__ import annotations
@@ -23,14 +23,7 @@ from sfumato.families.native import FORMAT, NativeConfig
 from sfumato.files import write_atomically
 from sfumato.training.recipe import load_recipe
 
-
-def narrow(table: torch.Tensor, widen: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best table (V, rank) and matrix (D, rank) in the place of (V, E) and (D, E); the share of energy lost."""
-    q, r = torch.linalg.qr(table.double())
-    u, s, v = torch.linalg.svd(r @ widen.double().T, full_matrices=False)
-    root = s[:rank].sqrt()
-    lost = float((s[rank:] ** 2).sum() / (s**2).sum())
-    return (q @ u[:, :rank]) * root, (v[:rank].T * root), lost
+WORDS = "text.tokens.weight"
 
 
 def main() -> None:
@@ -39,18 +32,16 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--token-dim", type=int, default=0)
     parser.add_argument("--preview", type=Path, help="a decoder for previews, where the model was trained without one")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, [])
     tensors = dict(read_tensors(args.source))
     meta = json.loads(read_header(args.source).metadata[FORMAT])
     config = replace(from_dict(NativeConfig, meta["config"], "config"), defaults=recipe.model.defaults)
-    if args.token_dim:
-        table, widen, lost = narrow(tensors["text.tokens.weight"], tensors["text.widen.weight"], args.token_dim)
-        tensors |= {"text.tokens.weight": table.half().contiguous(), "text.widen.weight": widen.half().contiguous()}
-        config = replace(config, text=replace(config.text, token_dim=args.token_dim))
-        print(f"words: {config.text.token_dim} numbers each, {lost:.2%} of their energy lost")
+    table = tensors[WORDS].float()
+    tensors[WORDS] = table.to(torch.float8_e4m3fn)
+    lost = (tensors[WORDS].float() - table).square().sum() / table.square().sum()
+    print(f"words: {float(lost):.3%} of their energy lost")
     if args.preview:
         decoder = load_preview(args.preview)
         tensors |= {f"preview.{k}": v.half().contiguous() for k, v in decoder.state_dict().items()}
