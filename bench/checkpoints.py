@@ -2,7 +2,9 @@
 
     python bench/checkpoints.py FOLDER [--side 512] [--repeats 3] [--threads 1] [--steps 1]
 
-FOLDER holds a Stable Diffusion 1, 2 or XL model; random weights of the true shapes do, since only time is measured.
+FOLDER holds a Stable Diffusion 1, 2 or XL model; random weights of the true shapes do, since only time is measured:
+``bench/memory.py sd1 --modes --keep DIR`` writes such. Times are of the CPU, so that other work beside does not count;
+loading is told by the clock too.
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ def measure(engine: str, folder: str, side: int, threads: int, steps: int) -> di
         import transformers  # noqa: F401
 
         diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline  # noqa: B018 - both are imported lazily
-    begin = time.perf_counter()
+    begin, wall = time.process_time(), time.perf_counter()
     if engine == "sfumato":
-        model = families.load(folder)
+        model = families.load(folder, memory="normal")
         network, channels = model.network, model.channels
     else:
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
         network, channels = pipe.unet, pipe.vae.config.latent_channels
-    loaded = time.perf_counter() - begin
+    loaded, loaded_wall = time.process_time() - begin, time.perf_counter() - wall
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     x, clock = torch.randn(1, channels, side // 8, side // 8), torch.tensor([500.0])
     with torch.inference_mode():
@@ -57,17 +59,17 @@ def measure(engine: str, folder: str, side: int, threads: int, steps: int) -> di
             def call() -> Any:
                 return network(x, clock, encoder_hidden_states=out[0], added_cond_kwargs=added).sample
 
-        begin = time.perf_counter()
+        begin = time.process_time()
         call()
-        first = time.perf_counter() - begin
+        first = time.process_time() - begin
         times = []
         for _ in range(steps):
-            begin = time.perf_counter()
+            begin = time.process_time()
             call()
-            times.append(time.perf_counter() - begin)
+            times.append(time.process_time() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "load s": loaded, "first call s": first, "call s": min(times),
+        "load s": loaded, "load wall s": loaded_wall, "first call s": first, "call s": min(times),
         "loaded MiB": rss / 1024, "peak MiB": peak / 1024,
     }  # fmt: skip
 
@@ -92,10 +94,11 @@ def main() -> None:
             command = [sys.executable, __file__, a.folder, "--child", engine, *options]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{'':<14}{'sfumato':>12}{'diffusers':>12}   median of {a.repeats}, {a.threads} threads, {a.side}x{a.side}")
+    print(f"median of {a.repeats}, {a.threads} threads, {a.side}x{a.side}")
+    print(f"{'':<14}{'sfumato':>12}{'diffusers':>12}{'ratio':>8}")
     for key in results["sfumato"][0]:
         ours, theirs = (median(row[key] for row in rows) for rows in results.values())
-        print(f"{key:<14}{ours:>12.2f}{theirs:>12.2f}")
+        print(f"{key:<14}{ours:>12.2f}{theirs:>12.2f}{ours / theirs:>8.2f}")
 
 
 if __name__ == "__main__":
