@@ -166,4 +166,7 @@ def _sheet(best: Sequence[tuple[Record, float]]) -> bytes:
     from sfumato.data.check import CELL, contact_sheet
     from sfumato.decode import decode, fit
 
-    return contact_sheet([(fit(decode(r.read()), CELL, "pad"), f"{score:+.2f} {r.name}") for r, score in best])
+    def label(record: Record, score: float) -> str:
+        return f"{score:+.2f} {record.row.get('caption') or record.name}"
+
+    return contact_sheet([(fit(decode(r.read()), CELL, "pad"), label(r, score)) for r, score in best])
