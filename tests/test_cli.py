@@ -397,10 +397,12 @@ def test_every_field_of_a_request_has_its_flag(tmp_path: Path, monkeypatch: pyte
         "words", "rain", 1, 2, 3, "ddim", "karras", 4.0, 0.25, (0.5, 3.0), 0.5, 48, 32, PictureFile.open("init", init),
         0.6, PictureFile.open("mask", mask), (1, 2, 3, 4), 9, 0.1, "hills", 0.3,
     )  # fmt: skip
-    request = request_of(parser.parse_args(["words", "--hires", "2", "--hires-strength", "0.4"]))
-    assert request == Request("words", hires=2.0, hires_strength=0.4)
+    more = "words --hires 2 --hires-strength 0.4 --upscale 4 --control-image a.png --control-scale 0.5"
+    assert request_of(parser.parse_args(more.split())) == Request(
+        "words", hires=2.0, hires_strength=0.4, upscale=4, control_image=PictureFile.open("a", init), control_scale=0.5
+    )
     flags = {flag for f in fields(Request) for flag in f.metadata["flags"]}
-    assert flags <= set(words.split()) | {"--hires", "--hires-strength"}
+    assert flags <= {*words.split(), *more.split()}
 
 
 # ── as a process ───────────────────────────────────────────────────────────────────────────────────────
