@@ -105,6 +105,8 @@ def error_response(path: str, error: Exception) -> Response:
     """An error in the form of the dialect that a path belongs to."""
     e = as_api_error(error)
     headers = {} if e.retry_after is None else {"Retry-After": str(e.retry_after)}
+    if e.status == 413:  # the rest of the body is not waited for
+        headers["Connection"] = "close"
     if e.status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="sfumato", charset="UTF-8"'
     if path.startswith("/v1/"):

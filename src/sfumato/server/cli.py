@@ -137,7 +137,7 @@ async def _serve(app: Any, context: Context, listener: socket.socket) -> int:
     config = uvicorn.Config(
         app, log_config=None, access_log=False, http="h11", ws="none", lifespan="on", server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=HEADER_BYTES, timeout_keep_alive=15, timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=HEADER_BYTES, timeout_keep_alive=75, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]

@@ -18,6 +18,7 @@ CODES = {
     421: "bad_request",
     422: "bad_request",
     429: "busy",
+    431: "bad_request",
     503: "unavailable",
     507: "no_space",
 }

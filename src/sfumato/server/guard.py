@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import ipaddress
@@ -9,6 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,12 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sfumato.server.answers import error_response
 from sfumato.server.errors import ApiError
 from sfumato.server.logs import log, request_id
-from sfumato.server.settings import JSON_BYTES, JSON_PICTURE_BYTES, UPLOAD_BYTES, Settings, is_loopback
+from sfumato.server.settings import HEADER_BYTES, JSON_BYTES, JSON_PICTURE_BYTES, UPLOAD_BYTES, Settings, is_loopback
 
 OPEN = {"/livez", "/readyz"}  # without a token
 SAFE = {"GET", "HEAD", "OPTIONS"}
 JSON_WITH_PICTURES = {"/sdapi/v1/img2img", "/sdapi/v1/png-info"}
 ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+DISCARD_SECONDS = 1.0
 FORM_OVERHEAD = 64 << 10  # bytes of a multipart body beside the upload
 
 CSP = (
@@ -80,6 +83,8 @@ class Guard:
         except Exception as e:
             if started:
                 raise
+            if isinstance(e, ApiError) and e.status == 413:
+                await _discard(receive)
             await error_response(scope["path"], e)(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - began
@@ -91,15 +96,15 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Who asks, by which name, and from which page; raises ApiError."""
+        if sum(len(name) + len(value) for name, value in headers.raw) > HEADER_BYTES:
+            raise ApiError(431, f"the headers have more than {HEADER_BYTES} bytes")
         host = self._host(headers)
         if scope["path"] not in OPEN and not self._authorized(headers):
             raise ApiError(401, "a token is needed, as `Authorization: Bearer TOKEN` or as a Basic password")
         if scope["method"] in SAFE:
             return
         origin = headers.get("origin")
-        if origin is not None and (
-            urlsplit(origin).scheme not in ("http", "https") or urlsplit(origin).netloc.lower() != host
-        ):
+        if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
             raise ApiError(403, "a page of another origin may not change anything here")
         if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise ApiError(403, "a page of another site may not change anything here")
@@ -168,6 +173,15 @@ def _limited(receive: Receive, limit: int) -> Receive:
         return message
 
     return counted
+
+
+async def _discard(receive: Receive) -> None:
+    """Let some of a body that is not wanted pass, for clients that only read an answer when they have sent it."""
+    left = 2 * UPLOAD_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0 and (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                left -= len(message.get("body", b""))
 
 
 def _is_address(name: str) -> bool:

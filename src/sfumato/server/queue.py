@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ STATES = ("queued", "running", "done", "failed", "cancelled")
 ENDED = ("done", "failed", "cancelled")
 ATTEMPTS = 2  # a job whose worker died is tried once more
 KEPT = 10_000  # jobs that have ended; older ones are only counted
-BUSY = 5.0  # seconds to wait for another process's lock on the database
+BUSY = 10.0  # seconds to wait for another process's lock on the database
 
 _metadata = sa.MetaData()
 _jobs = sa.Table(
@@ -119,6 +120,7 @@ class Queue:
 
     def __init__(self, url: str, folder: Path, limit: int, lease: float = 30.0) -> None:
         self.limit, self.lease = limit, lease
+        self._turn = threading.Lock()
         self.owner = f"{os.uname().nodename[:40]}-{os.getpid()}-{secrets.token_hex(6)}"
         self._owners = folder / "owners"
         self._owners.mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,7 @@ class Queue:
         Args:
             places: jobs that this server's workers can have at once; these do not count as waiting.
         """
-        with self._writing() as db:
+        with self._writing(durable=True) as db:
             open = or_(_jobs.c.state == "queued", and_(_jobs.c.state == "running", _jobs.c.owner == self.owner))
             if (db.scalar(select(func.count()).where(open)) or 0) >= self.limit + places:
                 raise Full
@@ -180,7 +182,7 @@ class Queue:
 
     def cancel(self, id: str) -> Job | None:
         """Cancel a waiting job, or ask its runner to; returns the job, or None if there is none."""
-        with self._writing() as db:
+        with self._writing(durable=True) as db:
             now = time.time()
             db.execute(
                 update(_jobs).where(_jobs.c.id == id, _jobs.c.state == "queued").values(state="cancelled", finished=now)
@@ -347,12 +349,21 @@ class Queue:
             db.execute(sa.delete(_jobs).where(old))
 
     @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        """One transaction at a time among all that write."""
-        with self._engine.begin() as db:
-            if not self._sqlite:  # whose transactions take its only lock when they begin
-                db.execute(select(_totals).where(_totals.c.state == "queued").with_for_update())
-            yield db
+    def _writing(self, durable: bool = False) -> Iterator[sa.Connection]:
+        """One transaction at a time among all that write.
+
+        Args:
+            durable: whether it must outlive a loss of power, as what a client was promised must. All others outlive
+                the death of every process, and a job whose end was lost is made again, to the same bytes.
+        """
+        with self._turn, self._engine.connect() as db:
+            if self._sqlite:
+                level = "FULL" if durable else "NORMAL"
+                db.connection.driver_connection.execute(f"PRAGMA synchronous={level}")  # type: ignore[union-attr]
+            with db.begin():
+                if not self._sqlite:  # whose transactions take its only lock when they begin
+                    db.execute(select(_totals).where(_totals.c.state == "queued").with_for_update())
+                yield db
 
 
 def reason_of(error: DatabaseError) -> str:
@@ -395,13 +406,12 @@ def _job(row: Any) -> Job:
 
 
 def _tune_sqlite(engine: Any) -> None:
-    """WAL, every commit on disk, and transactions that take the lock when they begin."""
+    """WAL, and transactions that take the lock when they begin."""
 
     @event.listens_for(engine, "connect")
     def connect(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # the module's own way of beginning transactions is too late
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
