@@ -204,3 +204,13 @@ def test_uploads(shared: Server) -> None:
         assert answer.status_code == 422, bad[:20]
         assert answer.json()["error"]["code"] == "bad_request"
     assert shared.http.get("/uploads/none.png").status_code == 404
+
+
+def test_the_page_of_the_api(shared: Server) -> None:
+    text = shared.http.get("/docs").text
+    for path in shared.http.get("/openapi.json").json()["paths"]:
+        assert f"<code>{path}</code>" in text
+    assert "steps from noise to picture" in text
+    assert "//" not in text.replace("<!doctype html>", ""), "a third party"
+    assert "<script" not in text
+    assert shared.http.get("/docs/style.css").headers["content-type"].startswith("text/css")

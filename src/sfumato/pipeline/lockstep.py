@@ -199,9 +199,7 @@ def _padded(calls: list[_Call], key: str) -> list[Tensor]:
 
 def _masked(value: Tensor, mask: Tensor | None) -> bool:
     """Whether a conditioning runs along the masked words: (B, M, …) beside a mask (B, M)."""
-    return (
-        mask is not None and value.ndim >= 2 and (value is mask or (value.ndim > 2 and value.shape[1] == mask.shape[1]))
-    )
+    return mask is not None and (value is mask or (value.ndim == 3 and value.shape[1] == mask.shape[1]))
 
 
 def _remembering(encode: Callable[[list[str]], Conditioning]) -> Callable[[list[str]], Conditioning]:

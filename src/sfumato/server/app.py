@@ -12,10 +12,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from sfumato.server import routes
+from sfumato.server import reference, routes
 from sfumato.server.answers import error_response
 from sfumato.server.context import Context
 from sfumato.server.errors import ApiError
@@ -54,6 +54,14 @@ def build_app(context: Context) -> Any:
     @app.get("/metrics", summary="Prometheus metrics", tags=["operations"])
     async def scrape() -> Response:
         return Response(await context.db(metrics.text), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(reference.page(app))
+
+    @app.get("/docs/style.css", include_in_schema=False)
+    async def docs_style() -> Response:
+        return Response(reference.STYLE, media_type="text/css")
 
     if (STATIC / "index.html").is_file():
         app.mount("/static", StaticFiles(directory=STATIC), "static")

@@ -45,6 +45,10 @@ def main(argv: Sequence[str]) -> int:
         if (e.name or "").startswith("sfumato"):
             raise
         raise NoResources(f"{INSTALL} ({e.name} is missing)") from None
+    if args.ray:
+        from sfumato.server import on_ray
+
+        return on_ray.main(settings)
     from sfumato.server import logs
 
     logs.set_up()
@@ -101,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", metavar="N", type=int, default=1, help="worker processes (default: 1)")
     add("--threads", metavar="N", type=int, default=0, help="threads of each worker (default: the cores shared evenly)")
     add("--drain", metavar="S", type=float, default=Settings.drain, help="seconds for running jobs when told to stop")
+    add("--ray", action="store_true", help="deploy on a Ray cluster, --workers replicas of one worker each")
     for f in fields(Limits):
         default: Any = f.default
         add(f"--max-{f.name}", metavar="N", type=int, default=default, help=f"{HELP[f.name]} (default: {default})")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy.exc import DatabaseError
 
@@ -19,11 +19,15 @@ from sfumato.errors import BadRequest, SfumatoError, nearest
 from sfumato.pipeline.request import Request
 from sfumato.server.errors import code_of, fail
 from sfumato.server.gallery import Gallery, iso
+from sfumato.server.inputs import take_pictures, with_pictures
 from sfumato.server.logs import log
 from sfumato.server.queue import Full, Job, Queue, reason_of
 from sfumato.server.settings import Settings
 from sfumato.server.supervisor import Pace, Supervisor, Worker, WorkerDied
 from sfumato.server.wire import ModelFacts
+
+if TYPE_CHECKING:
+    from sfumato.families.model import Model
 
 T = TypeVar("T")
 
@@ -155,7 +159,7 @@ class Context:
         if self.draining:
             fail(503, "the server is shutting down", retry_after=10)
         facts = self.facts(model)
-        request = Request.from_dict(settings).resolve(cast(Any, facts))
+        request = await asyncio.to_thread(self._resolved, settings, facts)
         cost = self._check_limits(request)
         places = self.settings.workers * self.settings.batch
         try:
@@ -166,12 +170,17 @@ class Context:
         self._forget_places()
         return job
 
+    def _resolved(self, settings: dict[str, Any], facts: ModelFacts) -> Request:
+        request = Request.from_dict(take_pictures(self.settings, self.gallery, settings))
+        return request.resolve(cast("Model", facts))  # which asks a model for no more than these facts
+
     def _check_limits(self, request: Request) -> int:
         """The work that a request is, in steps; raises ApiError where it is more than is served."""
         assert request.width is not None
         assert request.height is not None
         assert request.steps is not None
-        limits, pixels = self.settings.limits, request.width * request.height
+        limits = self.settings.limits
+        pixels = round(request.width * request.height * max(1.0, request.hires or 1) ** 2)  # that the network draws
         for name, value, most in (
             ("width × height", pixels * (request.upscale or 1) ** 2, limits.pixels),
             ("steps", request.steps, limits.steps),
@@ -216,7 +225,7 @@ class Context:
             "model": job.model,
             "request": job.request,
             "step": job.request["steps"] if job.state == "done" else progress.get("step", 0),
-            "steps": job.request["steps"],
+            "steps": progress.get("steps", job.request["steps"]),
             "created": iso(job.created),
             "started": iso(job.started),
             "finished": iso(job.finished),
@@ -389,7 +398,13 @@ class Context:
             return True
         worker.model = self.sources[job.model]
         watched = any(b.previews for b in self._boxes.get(job.id, ()))
-        worker.send({"do": "run", "id": job.id, "model": worker.model, "request": job.request, "watched": watched})
+        try:
+            request = await asyncio.to_thread(with_pictures, self.settings, job.request)
+        except OSError:
+            error = {"code": "bad_request", "message": "the picture to start from is not here any more"}
+            await self._end(worker, job.id, "failed", error)
+            return True
+        worker.send({"do": "run", "id": job.id, "model": worker.model, "request": request, "watched": watched})
         return True
 
     def _fits(self, worker: Worker, job: Job) -> bool:
@@ -430,7 +445,7 @@ class Context:
         self._tell(job.id, "step", self._progress[job.id])
 
     async def _save(self, worker: Worker, job: Job, message: dict[str, Any], blob: bytes) -> None:
-        picture = {"id": f"{job.id}-{message['index']}", "seed": message["seed"]}
+        picture = {"id": f"{job.id}-{message['index']}", **message["seeds"]}
         try:
             await asyncio.to_thread(self.gallery.save, picture["id"], blob)
         except SfumatoError as e:
@@ -445,7 +460,7 @@ class Context:
     async def _end(self, worker: Worker, id: str, state: str, error: dict[str, str] | None = None) -> None:
         """A job has ended: write it down, tell it, and go on with the next."""
         started = worker.jobs.pop(id)
-        pictures = sorted(self._saved.pop(id, []), key=lambda p: p["seed"])
+        pictures = sorted(self._saved.pop(id, []), key=lambda p: int(p["id"].rpartition("-")[2]))
         for attempt in range(SAVE_TRIES):
             try:
                 job = await self.db(self.queue.finish, id, state, error=error, pictures=pictures)

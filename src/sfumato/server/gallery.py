@@ -98,7 +98,7 @@ class Gallery:
             found = [
                 e
                 for e in sorted(self._scan(), key=lambda e: (e.modified, e.id), reverse=True)
-                if all(w in e.words for w in wanted) and model in (None, e.model["name"])
+                if all(w in e.words for w in wanted) and model in (None, e.model["name"], Path(e.model["name"]).stem)
             ]
         total = len(found)
         if before is not None:

@@ -137,10 +137,11 @@ class Worker:
 
         self._model(order["model"])
         request = Request.from_dict(order["request"])
-        assert request.seed is not None
-        assert request.steps is not None
+        assert self._lockstep is not None
         rows = deque((i, request.nth(i)) for i in range(request.n))
-        task = Task(order["id"], request.steps, request.n, rows, watched=order["watched"], left=request.n)
+        task = Task(
+            order["id"], self._lockstep.pipe.steps(request), request.n, rows, watched=order["watched"], left=request.n
+        )
         self._tasks[task.id] = task
         self._tell_step(task, None)
 
@@ -180,7 +181,8 @@ class Worker:
             index = task.runs.pop(run)
             event = replace(event, made_with={**event.made_with, "batch": self._batch})
             blob = event.encode(event.viewing_scale)
-            self._send({"is": "picture", "id": task.id, "index": index, "seed": event.request.seed}, blob)
+            seeds = {"seed": event.request.seed, "variation_seed": event.request.variation_seed}
+            self._send({"is": "picture", "id": task.id, "index": index, "seeds": seeds}, blob)
             task.left -= 1
             if task.left == 0:
                 del self._tasks[task.id]

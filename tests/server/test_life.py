@@ -1,0 +1,218 @@
+"""What happens to jobs when clients leave, workers die, and servers are killed: each ends once, with its own prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+import openai
+from serving import END, START, Serve, Server, until
+
+ENDED = {"done", "failed", "cancelled"}
+
+
+def pictures(server: Server) -> list[dict[str, Any]]:
+    return server.http.get("/pictures", params={"limit": 500}).json()["pictures"]
+
+
+def test_a_storm_of_requests_is_bounded_and_nobody_gets_anothers_picture(serve: Serve) -> None:
+    """ACCEPTANCE 9: 500 at once on a queue of 32; and 11: whoever is cancelled or leaves stops, and no one else."""
+    server = serve("engines:slow", "--batch", "1", "--max-queue", "32")
+
+    async def storm() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=500)
+        async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=START) as client:
+            bodies = ({"prompt": f"prompt {i}", "seed": i, "steps": 60 if i == 0 else 1} for i in range(500))
+            first = await client.post("/jobs", json=next(bodies))
+            return [first, *await asyncio.gather(*(client.post("/jobs", json=b) for b in bodies))]
+
+    answers = asyncio.run(storm())
+    accepted = [a.json() for a in answers if a.status_code == 202]
+    refused = [a for a in answers if a.status_code != 202]
+    assert len(accepted) == 33
+    assert {a.status_code for a in refused} == {429}
+    assert all(int(a.headers["retry-after"]) >= 1 for a in refused)
+    assert all(a.json()["error"]["code"] == "busy" for a in refused)
+    server.check_sum()
+
+    head, second = accepted[0]["id"], accepted[1]["id"]
+    assert server.http.delete(f"/jobs/{second}").json()["state"] == "cancelled"
+    server.running(head)
+    cancelled = server.http.delete(f"/jobs/{head}").json()
+    assert cancelled["state"] == "cancelled" or cancelled["cancelling"]
+    assert server.ended(head)["state"] == "cancelled"
+    assert server.job(head)["step"] < 60
+    ends = {j["id"]: server.ended(j["id"]) for j in accepted}
+    assert all(j["state"] == "done" for id, j in ends.items() if id not in (head, second))
+    for picture in pictures(server):
+        job = ends[picture["id"].rpartition("-")[0]]
+        assert picture["request"]["prompt"] == job["request"]["prompt"] == f"prompt {picture['request']['seed']}"
+    assert server.check_sum() == {"done": 31, "cancelled": 2, "failed": 0, "queued": 0, "running": 0}
+
+
+def test_who_hangs_up_takes_his_job_with_him(serve: Serve) -> None:
+    server = serve("engines:slow", "--batch", "4")
+    at = urlsplit(server.url)
+    body = json.dumps({"prompt": "left alone", "steps": 100}).encode()
+    for path in ("/v1/images/generations", "/sdapi/v1/txt2img"):
+        stays = server.submit("stays", steps=100)
+        with socket.create_connection((at.hostname or "", at.port or 0)) as s:
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            s.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            jobs = until(
+                lambda: [
+                    j
+                    for j in _jobs(server)
+                    if j["request"]["prompt"] == "left alone" and j["step"] >= 1 and j["state"] == "running"
+                ]
+            )
+        assert server.ended(jobs[0]["id"])["state"] == "cancelled"
+        assert server.job(stays["id"])["state"] == "running"
+        server.http.delete(f"/jobs/{stays['id']}")
+        server.ended(stays["id"])
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+        stream = client.images.generate(prompt="streamed", stream=True, partial_images=3, extra_body={"steps": 100})
+        next(iter(stream))
+        stream.close()
+    job = next(j for j in _jobs(server) if j["request"]["prompt"] == "streamed")
+    assert server.ended(job["id"])["state"] == "cancelled"
+    watched = server.submit("watched", steps=3)
+    with server.http.stream("GET", f"/jobs/{watched['id']}/events") as stream:
+        next(stream.iter_lines())
+    assert server.ended(watched["id"])["state"] == "done", "who only looks on takes nothing with him"
+    server.check_sum()
+
+
+def _jobs(server: Server) -> list[dict[str, Any]]:
+    return server.http.get("/jobs", params={"limit": 100}).json()["jobs"]
+
+
+def test_a_client_that_never_reads_costs_nothing(serve: Serve) -> None:
+    server = serve("engines:sleepy")
+    at = urlsplit(server.url)
+    job = server.submit(steps=200, n=4)
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        s.connect((at.hostname or "", at.port or 0))
+        s.sendall(f"GET /jobs/{job['id']}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        other = server.submit("other", steps=3)
+        assert server.ended(other["id"])["state"] == "done"
+    server.http.delete(f"/jobs/{job['id']}")
+    assert server.ended(job["id"])["state"] == "cancelled"
+
+
+def test_workers_that_die(serve: Serve) -> None:
+    """ACCEPTANCE 12: the job fails with its reason, the server stays up, a worker is back, no one else is hurt."""
+    server = serve("engines:deadly", "--batch", "4")
+    for fate, code, words in (
+        ("raise", "internal", "RuntimeError"),
+        ("exhaust", "no_resources", "not enough memory"),
+        ("segfault", "worker_died", "SIGSEGV"),
+        ("kill", "worker_died", "SIGKILL"),
+    ):
+        good = server.submit("a blue house", steps=60)
+        server.running(good["id"])
+        bad = server.ended(server.submit(fate, steps=60)["id"], START)
+        assert bad["state"] == "failed"
+        assert bad["error"]["code"] == code
+        assert words in bad["error"]["message"]
+        assert "secret" not in json.dumps(bad)
+        assert server.ended(good["id"], START)["state"] == "done"
+        assert server.http.get("/livez").status_code == 200
+    until(lambda: server.http.get("/readyz").status_code == 200, START)
+    assert server.check_sum()["failed"] == 4
+    log = server.log.read_text()
+    assert "a prompt or a token may stand here" not in log
+    assert all(json.loads(line) for line in log.splitlines())
+
+
+def test_killed_again_and_again_every_job_ends_once(serve: Serve, soak: bool) -> None:
+    """ACCEPTANCE 10: ``kill -9`` at random moments, then SIGTERM."""
+    number, kills = (200, 20) if soak else (20, 2)
+    flags = ("--max-queue", "300", "--batch", "4")
+    pick = random.Random(0)
+    server = serve("engines:sleepy", *flags)
+    ids = [server.submit(f"prompt {i}", seed=i, steps=4, n=1 + i % 2)["id"] for i in range(number)]
+    for _ in range(kills):
+        until(lambda server=server: any(j["state"] == "done" for j in _jobs(server)))
+        time.sleep(pick.random() / 5)
+        worker = server.worker_pid()
+        server.kill()
+        server.close()
+        until(lambda worker=worker: not _alive(worker), END)  # nobody is left behind
+        server = serve("engines:sleepy", *flags)
+    for id in ids:
+        job = server.ended(id, START)
+        assert job["state"] == "done", job
+        assert len(job["pictures"]) == job["request"]["n"]
+    made = pictures(server)
+    assert len(made) == len({p["id"] for p in made}) == sum(1 + i % 2 for i in range(number))
+    assert server.check_sum() == {"done": number, "failed": 0, "cancelled": 0, "queued": 0, "running": 0}
+    assert not list((server.folder / "pictures").glob(".*")), "nothing half-written"
+
+    running, waiting = server.submit("runs", steps=40, n=4), [server.submit("waits", steps=40) for _ in range(6)]
+    server.running(running["id"])
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: server.http.get("/readyz").status_code == 503)
+    refused = server.http.post("/jobs", json={"prompt": "late"})
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) >= 1
+    assert server.http.get("/livez").status_code == 200
+    assert server.process.wait(START) == 0
+    server.close()
+    server = serve("engines:sleepy", *flags)
+    assert server.job(running["id"])["state"] == "done"
+    for job in waiting:
+        assert server.ended(job["id"], START)["state"] == "done"
+    assert server.check_sum()["done"] == number + 7
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_disk_database_and_model_that_go_bad(serve: Serve) -> None:
+    """The server stays up, says so in the API's form, and nothing is lost."""
+    server = serve("engines:sleepy")
+    pictures_folder, aside = server.folder / "pictures", server.folder / "aside"
+    pictures_folder.rename(aside)
+    pictures_folder.write_text("no folder")  # as unwritable as a full disk, for root too
+    failed = server.ended(server.submit(steps=2)["id"])
+    assert failed["state"] == "failed"
+    assert failed["error"] == {"code": "no_space", "message": "the picture could not be written to disk"}
+    pictures_folder.unlink()
+    aside.rename(pictures_folder)
+    assert server.ended(server.submit(steps=2)["id"])["state"] == "done"
+
+    import sqlite3
+
+    with sqlite3.connect(server.folder / "queue.db", isolation_level=None) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        threads = [
+            threading.Thread(target=lambda: seen.append(server.http.post("/jobs", json={"prompt": "a"})))
+            for _ in range(2)
+        ]
+        seen: list[httpx.Response] = []
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(END)
+        db.execute("ROLLBACK")
+    assert [(a.status_code, a.json()["error"]["code"]) for a in seen] == [(503, "unavailable")] * 2
+    assert server.http.get("/livez").status_code == 200
+    assert server.ended(server.submit(steps=2)["id"])["state"] == "done"
+    assert server.check_sum()["failed"] == 1
