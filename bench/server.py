@@ -1,4 +1,4 @@
-"""Load on the server: pictures per second and waiting at 1, 4, 16, 64 clients, with and without batching across requests.
+"""Load on the server: pictures per second and waiting at 1, 4, 16, 64 clients, with and without batching.
 
     python bench/server.py [--steps 8] [--seconds 20] [--memory 1000] [--clients 1 4 16 64]
 

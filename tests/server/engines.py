@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +44,18 @@ def slow(name: str) -> Model:
     """Half a second a call: for what must be caught in the act."""
     model = load(name)
     return replace(model, network=Acting(model.network, lambda: time.sleep(10 * SLEEP)))
+
+
+def gated(name: str) -> Model:
+    """Every call waits while a file is there."""
+    model, gate = load(name), Path(os.environ["SFUMATO_TEST_GATE"])
+
+    def wait() -> None:
+        end = time.monotonic() + 300
+        while gate.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    return replace(model, network=Acting(model.network, wait))
 
 
 def deadly(name: str) -> Model:

@@ -90,3 +90,47 @@ def test_what_cannot_be_served_is_an_error_in_their_form(
         client.images.generate(prompt="a", **settings)
     assert caught.value.type == "invalid_request_error"
     assert caught.value.code == "bad_request"
+
+
+def file_of(image: Image.Image) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+def test_edits_repaint_what_the_mask_leaves_open(client: openai.OpenAI) -> None:
+    before = Image.effect_noise((16, 16), 60).convert("RGB")
+    mask = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (8, 0, 16, 16))  # the right half is transparent: to be redrawn
+    answer = client.images.edit(
+        image=("a.png", file_of(before)), mask=("m.png", file_of(mask)), prompt="a red apple",
+        extra_body={"seed": 3, "steps": 3},
+    )  # fmt: skip
+    assert answer.data is not None
+    after, old = np.asarray(decoded(answer.data[0])), np.asarray(before)
+    assert np.array_equal(after[:, :8], old[:, :8])
+    assert not np.array_equal(after[:, 8:], old[:, 8:])
+    with pytest.raises(openai.UnprocessableEntityError, match="transparent where"):
+        client.images.edit(image=("a.png", file_of(before)), mask=("m.png", file_of(before)), prompt="a")
+    with pytest.raises(openai.UnprocessableEntityError, match="not a whole PNG"):
+        client.images.edit(image=("a.png", io.BytesIO(b"GIF89a")), prompt="a")
+
+
+def test_variations_are_of_the_picture(client: openai.OpenAI, shared: Server) -> None:
+    answer = client.images.create_variation(image=("a.png", file_of(Image.effect_noise((16, 16), 60))), n=2)
+    assert answer.data is not None
+    assert len(answer.data) == 2
+    made = shared.ended(shared.submit("a red apple", seed=5, steps=2)["id"])
+    (id,) = [p["id"] for p in made["pictures"]]
+    again = shared.ended(shared.submit("a blue house", init=id, strength=0.5, seed=1, steps=4)["id"])
+    assert again["state"] == "done", again
+    known = shared.http.get(f"/pictures/{again['pictures'][0]['id']}").json()["request"]
+    once_more = shared.ended(shared.submit(**known)["id"])  # the request inside names its picture by hash
+    files = [shared.http.get(j["pictures"][0]["url"]).content for j in (again, once_more)]
+    pixels = [np.asarray(Image.open(io.BytesIO(f))).astype(int) for f in files]
+    assert abs(pixels[0] - pixels[1]).max() <= 1
+    for missing in ("none", {"sha256": "0" * 64}):
+        answer_ = shared.http.post("/jobs", json={"prompt": "a", "init": missing})
+        assert answer_.status_code == 422
+        assert "init" in answer_.json()["error"]["message"]
