@@ -46,6 +46,15 @@ def slow(name: str) -> Model:
     return replace(model, network=Acting(model.network, lambda: time.sleep(10 * SLEEP)))
 
 
+LEAK: list[bytes] = []
+
+
+def leaky(name: str) -> Model:
+    """Four kilobytes a call are never given back."""
+    model = load(name)
+    return replace(model, network=Acting(model.network, lambda: LEAK.append(os.urandom(4096))))
+
+
 def gated(name: str) -> Model:
     """Every call waits while a file is there."""
     model, gate = load(name), Path(os.environ["SFUMATO_TEST_GATE"])

@@ -50,7 +50,8 @@ class Server:
     def http(self) -> httpx.Client:
         if not self.clients:
             headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
-            self.clients.append(httpx.Client(base_url=self.url, headers=headers, timeout=END))
+            once = httpx.Limits(max_keepalive_connections=0)  # none that the server may close just when it is used
+            self.clients.append(httpx.Client(base_url=self.url, headers=headers, timeout=END, limits=once))
         return self.clients[0]
 
     def submit(self, prompt: str = "a red apple", **settings: Any) -> Json:

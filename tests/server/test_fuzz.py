@@ -1,0 +1,113 @@
+"""ACCEPTANCE 16: whatever is sent, no 5xx and no death; and memory that does not grow."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import string
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from serving import Serve, Server
+
+PATHS = [
+    ("POST", "/jobs"), ("POST", "/v1/images/generations"), ("POST", "/sdapi/v1/txt2img"), ("POST", "/sdapi/v1/img2img"),
+    ("POST", "/sdapi/v1/png-info"), ("GET", "/jobs"), ("GET", "/pictures"), ("GET", "/jobs/{}"), ("DELETE", "/jobs/{}"),
+    ("GET", "/jobs/{}/events"), ("GET", "/pictures/{}.png"), ("DELETE", "/pictures/{}"), ("GET", "/uploads/{}.png"),
+    ("POST", "/v1/images/edits"), ("POST", "/uploads"), ("POST", "/pictures/info"), ("POST", "/inside/path"),
+]  # fmt: skip
+FIELDS = [
+    "prompt", "negative", "seed", "n", "steps", "sampler", "spacing", "guidance", "guidance_interval", "eta", "width",
+    "height", "init", "mask", "strength", "model", "size", "stream", "partial_images", "quality", "user", "batch_size",
+    "cfg_scale", "init_images", "override_settings", "image", "hires", "upscale", "outpaint", "prompt_to", "mix",
+]  # fmt: skip
+MIB_PER_1000 = 1.0
+
+
+def value(pick: random.Random, depth: int = 0) -> Any:
+    """Any JSON, mostly near what is wanted."""
+    kind = pick.randrange(12)
+    if kind < 3 and depth < 3:
+        return [value(pick, depth + 1) for _ in range(pick.randrange(4))]
+    if kind == 3 and depth < 3:
+        return {pick.choice(FIELDS): value(pick, depth + 1) for _ in range(pick.randrange(4))}
+    texts = ["a", "", "ddim", "auto", "16x16", "\0", "\ud800", "../../etc/passwd", "a" * 5000, "'; DROP TABLE jobs--"]
+    numbers = [0, 1, -1, 3, 16, 2**31, 2**63, 2**200, 1.5, -0.0, 1e308, True, False, None]
+    return pick.choice(texts if kind < 8 else numbers)
+
+
+def request_of(pick: random.Random) -> bytes:
+    """A request: of the schema's fields with other values, or of bytes that are hardly HTTP."""
+    method, path = pick.choice(PATHS)
+    name = "".join(pick.choices(string.ascii_letters + "%./\\?#&-_", k=pick.randrange(1, 30)))
+    path = path.replace("{}", name)
+    if method == "GET" and pick.random() < 0.3:
+        path += f"?limit={pick.choice(['1', '0', 'x', '9' * 40])}&before={name}&q={name}&state={name}"
+    body = json.dumps({pick.choice(FIELDS): value(pick) for _ in range(pick.randrange(6))} | {"steps": 1}).encode()
+    kind = pick.choice(
+        ["application/json"] * 6 + ["image/png", "multipart/form-data; boundary=x", "multipart/form-data"]
+    )
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: {kind}\r\n"
+    data = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    if pick.random() < 0.4:
+        data = bytearray(data)
+        for _ in range(pick.randrange(1, 8)):
+            at = pick.randrange(len(data))
+            data[at : at + pick.randrange(3)] = pick.randbytes(pick.randrange(4))
+    return bytes(data)
+
+
+def send(server: Server, data: bytes) -> int:
+    """Send it, and return the status, 0 for none."""
+    at = urlsplit(server.url)
+    with socket.create_connection((at.hostname or "", at.port or 0), timeout=0.5) as s:
+        try:
+            s.sendall(data)
+            answer = s.recv(4096)
+        except (TimeoutError, ConnectionError):  # it waits for the rest of a body, or makes a picture
+            return 0
+    return int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else 0
+
+
+def test_no_request_is_too_strange(shared: Server, soak: bool) -> None:
+    pick = random.Random(16)
+    for i in range(100_000 if soak else 150):
+        data = request_of(pick)
+        status = send(shared, data)
+        assert status < 500 or status == 503, (i, data)
+        assert shared.process.poll() is None, (i, data)
+    assert shared.http.get("/livez").status_code == 200
+    for job in shared.http.get("/jobs", params={"state": "queued,running", "limit": 500}).json()["jobs"]:
+        shared.http.delete(f"/jobs/{job['id']}")
+        shared.ended(job["id"])
+    assert shared.ended(shared.submit(steps=1)["id"])["state"] == "done"
+    shared.check_sum()
+    errors = [line for line in shared.lines() if line["level"] == "error"]
+    assert errors == []
+
+
+def slope(server: Server, requests: int) -> float:
+    """MiB that server and worker grow by in 1,000 requests, by a line through the resident memory's second half."""
+    sizes: list[float] = []
+    for i in range(requests):
+        server.ended(server.submit(f"prompt {i}", seed=i, steps=1)["id"])
+        if i % 50 == 0 and i >= requests // 2:
+            sizes.append(sum(_resident(pid) for pid in (server.process.pid, server.worker_pid())))
+    return float(np.polyfit(np.arange(len(sizes)) * 50 / 1000, sizes, 1)[0])
+
+
+def _resident(pid: int) -> float:
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+
+
+def test_memory_does_not_grow_and_a_leak_would_be_seen(serve: Serve, soak: bool) -> None:
+    if not soak:
+        pytest.skip("a slope needs thousands of requests: --soak")
+    server = serve()
+    assert slope(server, 6000) < MIB_PER_1000
+    server.close()
+    assert slope(serve("engines:leaky"), 6000) > MIB_PER_1000
