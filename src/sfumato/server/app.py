@@ -11,10 +11,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import DatabaseError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from sfumato.errors import SfumatoError
 from sfumato.server import reference, routes
 from sfumato.server.answers import error_response
 from sfumato.server.context import Context
@@ -70,7 +73,9 @@ def build_app(context: Context) -> Any:
         async def page() -> FileResponse:
             return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
-    for kind in (ApiError, HTTPException, RequestValidationError, Exception):
+    # Each by its kind: what is left to `Exception` is raised again after its answer.
+    kinds = (ApiError, SfumatoError, DatabaseError, OSError, ClientDisconnect, HTTPException, RequestValidationError)
+    for kind in (*kinds, Exception):
         app.add_exception_handler(kind, _answer)
     return Guard(app, context.settings, metrics.seen)
 

@@ -64,27 +64,30 @@ class Guard:
         given = headers.get("x-request-id", "")
         id = given if ID.fullmatch(given) else secrets.token_hex(8)
         token = request_id.set(id)
-        began, status, started = time.perf_counter(), 500, False
+        began, status, started, ended = time.perf_counter(), 500, False, False
 
         async def answer(message: Message) -> None:
-            nonlocal status, started
+            nonlocal status, started, ended
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
+                if status == 413:
+                    await _discard(receive)
                 out = MutableHeaders(scope=message)
                 out["x-request-id"] = id
                 for name, value in HEADERS.items():
                     out.setdefault(name, value)
                 out.setdefault("cache-control", "no-store")
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
             self._check(scope, headers)
             await self._app(scope, _limited(receive, self._limit(scope, headers)), answer)
         except Exception as e:
+            if ended:  # the answer to an unexpected error, which was logged with it
+                return
             if started:
                 raise
-            if isinstance(e, ApiError) and e.status == 413:
-                await _discard(receive)
             await error_response(scope["path"], e)(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - began
