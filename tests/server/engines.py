@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.families import load
@@ -67,19 +68,29 @@ def gated(name: str) -> Model:
     return replace(model, network=Acting(model.network, wait))
 
 
+class Deadly(nn.Module):
+    """A network that does what the words of any of its rows tell it to."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, clock: Tensor, fate: Tensor, **conditioning: Tensor) -> Tensor:
+        time.sleep(SLEEP)
+        for number in fate.unique().tolist():
+            if number:
+                [*FATES.values()][int(number) - 1]()
+        return self.network(x, clock, **conditioning)
+
+
 def deadly(name: str) -> Model:
-    model, fate = load(name), [""]
+    model = load(name)
 
     def encode(prompts: list[str]) -> Any:
-        fate[0] = next((p for p in prompts if p in FATES), fate[0])
-        return model.encode(prompts)
+        numbers = [[1.0 + [*FATES].index(p) if p in FATES else 0.0] for p in prompts]
+        return {**model.encode(prompts), "fate": torch.tensor(numbers)}
 
-    def act() -> None:
-        time.sleep(SLEEP)
-        FATES.get(fate.pop(), lambda: None)()
-        fate.append("")
-
-    return replace(model, encode=encode, network=Acting(model.network, act))
+    return replace(model, encode=encode, network=Deadly(model.network))
 
 
 def _raise() -> None:
