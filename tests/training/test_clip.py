@@ -201,4 +201,4 @@ def test_unknown_words_and_foreign_files_are_refused(tmp_path: Path):
     with pytest.raises(BadData, match="minilm or random"):
         ClipRecipe(words="glove")
     with pytest.raises(BadCheckpoint, match="no CLIP"):
-        load_clip(Path(__file__).parents[2] / "src" / "sfumato" / "models" / "emoji-32.safetensors")
+        load_clip(Path(__file__).parents[2] / "src" / "sfumato" / "models" / "emoji-64.safetensors")

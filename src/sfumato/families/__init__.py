@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sfumato.checkpoints.published import Published
     from sfumato.families.model import Model
 
-DEFAULT_MODEL = "emoji-32"
+DEFAULT_MODEL = "emoji-64"
 NATIVE_FORMAT = "sfumato-native-1"  # the key of the metadata in files of our own family
 PUBLISHED = ("sd1", "sd2", "sdxl", "sd3", "flux", "dit")  # recipes, each of which recognizes its own
 
