@@ -16,7 +16,8 @@ from sfumato.errors import BadCheckpoint, SfumatoError
 from sfumato.networks.compact import CompactAutoencoder, CompactConfig, PreviewConfig, PreviewDecoder
 
 FORMAT, PREVIEW_FORMAT = "sfumato-autoencoder-1", "sfumato-preview-1"  # the metadata's keys
-C, M = TypeVar("C"), TypeVar("M", bound=nn.Module)
+C = TypeVar("C")
+M = TypeVar("M", bound=nn.Module)
 
 
 def is_autoencoder(path: Path) -> bool:

@@ -20,7 +20,8 @@ from sfumato.text.clip import CLIPConfig
 from sfumato.text.t5 import T5Config
 
 Json = Mapping[str, Any]
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _reader(what: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -39,8 +39,8 @@ def deploy(settings: Settings, replicas: int) -> str:
     Raises NoResources without Ray, BadRequest where other machines could not reach the queue.
     """
     try:
-        import ray
-        from ray import serve
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray import serve  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as e:
         raise NoResources(f'Ray is not installed: pip install "sfumato[ray]" ({e.name} is missing)') from None
     from dataclasses import replace
@@ -58,7 +58,11 @@ def deploy(settings: Settings, replicas: int) -> str:
     class Sfumato:
         pass
 
-    serve.run(Sfumato.bind(), name="sfumato", route_prefix="/")
+    serve.run(
+        Sfumato.bind(),  # pyright: ignore[reportAttributeAccessIssue]
+        name="sfumato",
+        route_prefix="/",
+    )
     return f"http://{settings.host}:{settings.port}"
 
 
