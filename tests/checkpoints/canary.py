@@ -31,6 +31,8 @@ FORBIDDEN = {
     "exec", "compile", "os.system", "os.posix_spawn", "os.fork", "os.rename", "os.symlink", "subprocess.Popen",
     "ctypes.dlopen",
 }  # fmt: skip
+# How much memory there is, which --memory auto asks for.
+MEMORY = ("/proc/meminfo", "/proc/self/maps", "/sys/fs/cgroup/")
 events: list[str] = []
 watching = False
 HERE = os.getcwd()
@@ -49,6 +51,8 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         absolute = os.path.abspath(os.fspath(path) if not isinstance(path, bytes) else os.fsdecode(path))
         if writes and not (os.path.basename(absolute).startswith(".sfumato-") and absolute.endswith(".part")):
             events.append(f"open {absolute} for writing")
+        if not writes and absolute.startswith(MEMORY):
+            return
         if not absolute.startswith((HERE, str(Path(sfumato.__file__).parent), sys.prefix, sys.base_prefix)):
             events.append(f"open {absolute}")
     elif event in FORBIDDEN or event.startswith(("socket.", "os.exec", "shutil.", "pickle.")):
@@ -83,6 +87,8 @@ def unpickled(path: Path) -> int:
 
 
 def run(good: Path) -> dict[str, Any]:
+    import torch.utils.serialization.config  # noqa: F401  torch imports it when it first reads a pickle
+
     results: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         main(["generate", "a fox", "--steps", "1", "--model", str(good), "--size", "16x16", "--out", "warm.png"])
