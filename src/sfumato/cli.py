@@ -607,8 +607,7 @@ def _load(args: argparse.Namespace, additions: Additions | None = None, threads:
     how: dict[str, Any] = {"dtype": args.dtype or "fp32", "memory": args.memory}
     families.keeping.check(**how)
     families.locate(args.model, args.variant)  # a wrong name is told at once, torch takes seconds
-    for ingredient in additions.ingredients():  # as is a missing file
-        assert ingredient
+    additions.check()  # as is a missing file
     with _status(f"loading {args.model or 'the model'}"):
         from sfumato.pipeline.pipeline import Pipeline
 

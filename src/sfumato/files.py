@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -36,6 +37,12 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = True) -> None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes; raises OSError as opening it does."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cannot_write(path: Path, error: OSError) -> SfumatoError:

@@ -159,6 +159,9 @@ def test_previews_are_decoded_by_their_own_network(vae: Path, tmp_path: Path) ->
     expected = load_preview(small)(x).clamp(-1, 1)
     assert abs(pipe.glimpse(x)[1] - ((expected[1] + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.5001
 
+    with pytest.raises(BadCheckpoint, match="NaN instead of a picture"):
+        pipe.glimpse(torch.full_like(x, torch.nan))
+
     del recipe["model"]["preview"], recipe["latents"]["preview"]
     plain = load(train(recipe, tmp_path, "plain"))
     assert (plain.glimpse(x)[0] == plain.pixels(x)[0]).all()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato.checkpoints import keymaps
 from sfumato.checkpoints.folder import tidy, weight_files
 from sfumato.checkpoints.formats import weights
-from sfumato.checkpoints.keymaps import to_ours
+from sfumato.checkpoints.keymaps import Place, to_ours
 from sfumato.checkpoints.published import Json, read_json
 from sfumato.checkpoints.single_file import (
     DENOISERS,
@@ -59,10 +59,7 @@ def read_controlnet(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
             return PartOfModel(_describe_controlnet(shapes), raw, (path,))
         if "input_hint_block.0.weight" in raw:
             config = _describe_original_controlnet(shapes)
-            places = list(keymaps.controlnet(config))
-            if left := raw.keys() - {p.theirs for p in places}:
-                raise BadCheckpoint(f"{path}: {len(left)} tensors have no place in a ControlNet: {min(left)}")
-            return PartOfModel(config, to_ours(raw, places), (path,))
+            return _renamed(path, "a ControlNet", config, raw, list(keymaps.controlnet(config)))
     except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
         raise BadCheckpoint(f"{path}: the ControlNet is not whole: {e} is missing or misshaped") from None
     raise BadCheckpoint(f"{path}: no ControlNet: {describe_foreign(shapes)}")
@@ -80,10 +77,7 @@ def read_autoencoder(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
     try:
         if "encoder.down.0.block.0.conv1.weight" in raw:
             config = describe_autoencoder(shapes)
-            places = list(keymaps.autoencoder(config))
-            if left := raw.keys() - {p.theirs for p in places}:
-                raise BadCheckpoint(f"{path}: {len(left)} tensors have no place in an autoencoder: {min(left)}")
-            return PartOfModel(config, to_ours(raw, places), (path,))
+            return _renamed(path, "an autoencoder", config, raw, list(keymaps.autoencoder(config)))
         if "encoder.down_blocks.0.resnets.0.conv1.weight" in raw:
             return PartOfModel(_describe_kl(shapes), tidy("vae", raw), (path,))
         if (tiny := _tiny(raw)) is not None:
@@ -107,6 +101,15 @@ def _folder(path: Path, what: str, allow_pickle: bool) -> PartOfModel:
     for file in files:
         tensors |= weights(file, allow_pickle=allow_pickle)
     return PartOfModel(config, tidy("vae", tensors) if "Autoencoder" in what else tensors, tuple(files))
+
+
+def _renamed(
+    path: Path, what: str, config: dict[str, Any], raw: Mapping[str, Tensor], places: list[Place]
+) -> PartOfModel:
+    """A part whose tensors have their makers' names; BadCheckpoint if some have no place in it."""
+    if left := raw.keys() - {p.theirs for p in places}:
+        raise BadCheckpoint(f"{path}: {len(left)} tensors have no place in {what}: {min(left)}")
+    return PartOfModel(config, to_ours(raw, places), (path,))
 
 
 def _is_control(name: str) -> bool:

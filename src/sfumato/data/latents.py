@@ -31,8 +31,7 @@ def encoded(pictures: Pictures, encode: Callable[[Tensor], Tensor], key: str, fo
     parts: list[Tensor] = []
     with torch.no_grad():
         for start in range(0, len(pictures), batch):
-            images = [pictures.images[i] for i in range(start, min(start + batch, len(pictures)))]
-            parts.append(encode(torch.stack(images).float() / 127.5 - 1).half())
+            parts.append(encode(pictures.at(range(start, min(start + batch, len(pictures))))).half())
     latents = torch.cat(parts).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save({"latents": latents}))

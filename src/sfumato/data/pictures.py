@@ -28,6 +28,7 @@ from sfumato.data.report import Bad, Report
 from sfumato.data.sources import Record, Source, open_source, printable
 from sfumato.decode import PictureError, decode, fit, to_array
 from sfumato.errors import BadData, NoResources, nearest
+from sfumato.pixels import signed
 
 Row = Mapping[str, Any]
 
@@ -79,7 +80,7 @@ class Pictures:
         members = self._members[bucket]
         draw = rng(seed, epoch, stream=2 * bucket)
         edges = np.cumsum(self.weights[members])
-        count = _epoch_length(self.weights[members])
+        count = self._lengths[bucket]
         points = (np.arange(count) + draw.random()) * edges[-1] / count
         chosen = np.searchsorted(edges, points, side="right").clip(max=len(members) - 1)
         return draw.permutation(members[chosen])
@@ -87,7 +88,7 @@ class Pictures:
     @property
     def epoch_length(self) -> int:
         """Pictures in one epoch, over all buckets."""
-        return sum(_epoch_length(self.weights[members]) for members in self._members)
+        return sum(self._lengths)
 
     @cached_property
     def _members(self) -> list[np.ndarray]:
@@ -101,15 +102,20 @@ class Pictures:
         return [m for m in members if self.weights[m].sum() > 0]
 
     @cached_property
+    def _lengths(self) -> tuple[int, ...]:
+        """Pictures in an epoch of each bucket."""
+        return tuple(max(1, round(float(self.weights[members].sum()))) for members in self._members)
+
+    @cached_property
     def _buckets(self) -> Buckets | None:
         if len(self._members) == 1:
             return None
-        return Buckets(tuple(_epoch_length(self.weights[m]) for m in self._members), self.step_size)
+        return Buckets(self._lengths, self.step_size)
 
     def index(self, seed: int, place: int) -> int:
         """Return which picture stands at a place of the endless order."""
         bucket, own = (0, place) if self._buckets is None else self._buckets.locate(seed, place)
-        epoch, within = divmod(own, _epoch_length(self.weights[self._members[bucket]]))
+        epoch, within = divmod(own, self._lengths[bucket])
         return int(self._order(seed, epoch, bucket)[within])
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
@@ -126,7 +132,15 @@ class Pictures:
             if self.config.flip and own.random() < 0.5:
                 image = image.flip(-1)
             images.append(_window(image, own, None if self.shapes is None else self.shapes[index]))
-        return Batch(torch.stack(images).float() / 127.5 - 1, captions)
+        return Batch(signed(torch.stack(images)), captions)
+
+    def at(self, indices: Iterable[int]) -> Tensor:
+        """Return pictures (B, C, H, W) in [−1, 1] as they are, without crop or flip."""
+        return signed(torch.stack([self.images[i] for i in indices]))
+
+    def spread(self, count: int) -> list[int]:
+        """Return so many indices, evenly spread over all pictures."""
+        return [i * len(self) // count for i in range(count)]
 
     def drawn(self, seed: int, places: Iterable[int]) -> Iterable[tuple[int, random.Random]]:
         """Yield the index of the picture at each place, and the random numbers that go with the visit."""
@@ -138,6 +152,10 @@ class Pictures:
 
         Pictures that are decoded when they are drawn count by their columns alone.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.weights.tobytes())
         for i, row in enumerate(self.rows):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -152,10 +170,6 @@ class Pictures:
             known = dict(last) | {(seed, epoch, bucket): self.order(seed, epoch, bucket)}
             object.__setattr__(self, "_orders", known)
         return known[seed, epoch, bucket]
-
-
-def _epoch_length(weights: np.ndarray) -> int:
-    return max(1, round(float(weights.sum())))
 
 
 class LazyImages:

@@ -124,39 +124,40 @@ def main(argv: list[str]) -> int:
 
 
 def _evaluate_autoencoder(args: argparse.Namespace, truth: Truth, cache: Cache) -> int:
-    import hashlib
-    import json
-
     from rich.console import Console
 
     from sfumato.evaluation.reconstruction import evaluate_autoencoder
     from sfumato.families.autoencoder import load_autoencoder
-    from sfumato.files import write_atomically
+    from sfumato.files import sha256
 
     path = Path(args.model)
     network = load_autoencoder(path)
     if truth.images.shape[-1] % network.config.factor:
         raise BadRequest(f"--size must be a multiple of the autoencoder's factor, {network.config.factor}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    report = evaluate_autoencoder(network, truth, Path(args.data).name, path.stem, digest, cache)
+    report = evaluate_autoencoder(network, truth, Path(args.data).name, path.stem, sha256(path), cache)
     report.print(Console(width=None if sys.stdout.isatty() else 200))
-    if args.json:
-        write_atomically(Path(args.json), (json.dumps(report.to_dict(), indent=1) + "\n").encode())
+    _write_json(args, report)
     return 0
 
 
 def _write(args: argparse.Namespace, report: Report, yardstick: Yardstick, pipe: Any, settings: dict[str, Any]) -> None:
+    from sfumato.files import write_atomically
+
+    _write_json(args, report)
+    if args.grid:
+        from sfumato.evaluation.measure import make_pictures
+
+        made, _ = make_pictures(pipe, yardstick.truth, yardstick.cache, **settings)  # from the cache
+        write_atomically(Path(args.grid), draw_grid(yardstick, made))
+
+
+def _write_json(args: argparse.Namespace, report: Report) -> None:
     import json
 
     from sfumato.files import write_atomically
 
     if args.json:
         write_atomically(Path(args.json), (json.dumps(report.to_dict(), indent=1) + "\n").encode())
-    if args.grid:
-        from sfumato.evaluation.measure import make_pictures
-
-        made, _ = make_pictures(pipe, yardstick.truth, yardstick.cache, **settings)  # from the cache
-        write_atomically(Path(args.grid), draw_grid(yardstick, made))
 
 
 def draw_grid(yardstick: Yardstick, made: dict[str, Tensor], per_split: int = 12, columns: int = 4) -> bytes:

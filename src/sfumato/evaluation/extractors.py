@@ -30,6 +30,7 @@ from sfumato.evaluation.generate import fit_size
 from sfumato.families.clip import CLIP
 from sfumato.families.pretrained import load_lite0, load_lpips
 from sfumato.networks.towers import look
+from sfumato.pixels import signed
 
 SIZE = 128
 BATCH = 64
@@ -61,7 +62,7 @@ class Extractor:
 
 def resize(images: Tensor, size: int) -> Tensor:
     """Return uint8 pictures (B, 3, H, W) as floats in [−1, 1] at size × size."""
-    x = images.float() / 127.5 - 1
+    x = signed(images)
     if x.shape[-2:] == (size, size):
         return x
     return F.interpolate(x, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)

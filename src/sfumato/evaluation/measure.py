@@ -217,14 +217,15 @@ def _set_figures(
 
 
 def _fd(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
-    return _set_figures(y, made, cache, y.lite0, "FD-lite0", _frechet)
+    return _set_figures(y, made, cache, y.lite0, "FD-lite0", frechet)
 
 
 def _fid(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
-    return _set_figures(y, made, cache, y.inception, "FID", _frechet)
+    return _set_figures(y, made, cache, y.inception, "FID", frechet)
 
 
-def _frechet(x: Array, reference: Array) -> tuple[float, Interval, dict[str, float]]:
+def frechet(x: Array, reference: Array) -> tuple[float, Interval, dict[str, float]]:
+    """Fréchet distance of features x (N, D) from a reference's, its interval, and nothing beside."""
     to = moments(reference)
     value = frechet_distance(moments(x), to)
     low, high = normal_interval(value, frechet_deviation(x, to))

@@ -5,7 +5,7 @@ Pictures are compared as the eight-bit pictures that a user would see. Shapes: N
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import numpy as np
@@ -14,12 +14,13 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from sfumato.evaluation import extractors
-from sfumato.evaluation.bootstrap import Array, Interval, mean_interval, normal_interval
+from sfumato.evaluation.bootstrap import Array, mean_interval
 from sfumato.evaluation.cache import Cache, content_hash
-from sfumato.evaluation.distances import frechet_deviation, frechet_distance, moments
+from sfumato.evaluation.measure import frechet
 from sfumato.evaluation.report import Figure, Report
 from sfumato.evaluation.truth import Truth
 from sfumato.networks.compact import CompactAutoencoder
+from sfumato.pixels import eight_bits, signed
 
 MOST_PSNR = 100.0  # decibels, of a picture without any error
 
@@ -52,8 +53,7 @@ def reconstruct(network: CompactAutoencoder, images: Tensor, batch: int = 64) ->
     """Return what is left of uint8 pictures (N, 3, S, S) after encoding and decoding, as uint8."""
     parts: list[Tensor] = []
     for part in images.split(batch):
-        y = network.decode(network.encode(part.float() / 127.5 - 1))
-        parts.append(((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        parts.append(eight_bits(network.decode(network.encode(signed(part)))))
     return torch.cat(parts)
 
 
@@ -80,15 +80,10 @@ def evaluate_autoencoder(
             extractor = "alex" if metric == "LPIPS" else "pixels"
             interval = mean_interval(numbers, concepts)
             figures.append(Figure(metric, split, "", float(numbers.mean()), interval, len(rows), extractor, reference))
-        figures += _frechet(split, lite0(made, cache), lite0(real, cache), reference)
+        x, to = (lite0(v, cache)[:, extractors.MIDDLE :].astype(np.float64) for v in (made, real))
+        value, interval, _ = frechet(x, to)
+        extractor = f"lite0 at {extractors.SIZE} px"
+        figures.append(Figure("rFD-lite0", split, "", value, interval, len(rows), extractor, reference))
     settings = {"factor": network.config.factor, "latent channels": network.config.latent_channels}
     made_with = {"sfumato": version("sfumato"), "torch": torch.__version__, "threads": torch.get_num_threads()}
     return Report(name, hash, data, truth.hash, truth.images.shape[-1], settings, figures, {}, made_with)
-
-
-def _frechet(split: str, made: np.ndarray, real: np.ndarray, reference: str) -> Iterator[Figure]:
-    x, to = (v[:, extractors.MIDDLE :].astype(np.float64) for v in (made, real))
-    value = frechet_distance(moments(x), moments(to))
-    low, high = normal_interval(value, frechet_deviation(x, moments(to)))
-    extractor = f"lite0 at {extractors.SIZE} px"
-    yield Figure("rFD-lite0", split, "", value, Interval(max(0.0, low), high), len(x), extractor, reference)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import replace
 from importlib import import_module
@@ -14,6 +13,7 @@ from sfumato.checkpoints import hub
 from sfumato.errors import BadCheckpoint, BadRequest, nearest
 from sfumato.families import keeping
 from sfumato.families.additions import Additions
+from sfumato.files import sha256
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.published import Published
@@ -104,8 +104,7 @@ def load(
             raise BadRequest(f"{display}: what can be added to published models cannot be added to this one")
         if dtype != "fp32":
             raise BadRequest(f"{display}: a model of our own computes in fp32; other types are for published models")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return load_native(path, display, read_tensors(path), metadata, digest)
+        return load_native(path, display, read_tensors(path), metadata, sha256(path))
 
     ingredients = tuple(additions.ingredients())  # a missing file is told before the model is read
     published = replace(_read(path, variant, allow_pickle=allow_pickle, partial=partial), partial=partial)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.files import sha256
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.parts import PartOfModel
@@ -113,6 +114,12 @@ class Additions:
             None if denoiser is None else Path(denoiser).expanduser(),
         )
 
+    def check(self) -> None:
+        """Raise BadCheckpoint for a file that is not there, without reading any."""
+        for path in (*(p for p, _ in self.loras), *self.embeddings.values(), self.denoiser, self.vae, self.controlnet):
+            if path is not None:
+                _check_there(path)
+
     def ingredients(self) -> Iterator[Ingredient]:
         """What pictures keep of each file; raises BadCheckpoint for one that cannot be read."""
         for path, weight in self.loras:
@@ -177,15 +184,18 @@ def _with_autoencoder(model: Published, path: Path, part: PartOfModel) -> Publis
     return _with(model, component, path, replace(part, config=config))
 
 
+def _check_there(path: Path) -> None:
+    if not path.is_file() and not path.is_dir():
+        raise BadCheckpoint(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+
+
 def content_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, or of a folder's weight files' and configuration's."""
     if path.is_dir():
         names = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".json", ".bin") and p.is_file()]
         return hashlib.sha256("".join(content_hash(p) for p in names).encode()).hexdigest()
-    if not path.is_file():
-        raise BadCheckpoint(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    _check_there(path)
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as e:
         raise BadCheckpoint(f"{path}: {e.strerror or e}") from None

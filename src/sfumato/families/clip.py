@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from sfumato.checkpoints.tensors import load_into, read_header, read_tensors
 from sfumato.config import from_dict, to_dict
 from sfumato.errors import BadCheckpoint, SfumatoError
+from sfumato.files import sha256
 from sfumato.networks.efficientnet import EfficientNetLite0
 from sfumato.networks.towers import PictureHead, PictureHeadConfig, look
+from sfumato.pixels import signed
 from sfumato.text.tokenizer import VOCABULARY
 from sfumato.text.tower import TextTower, TextTowerConfig, build_tokenizer, stored_tokenizer
 
@@ -100,7 +102,7 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def embed_pictures(self, images: Tensor, batch: int = 64) -> Tensor:
         """Return unit vectors (B, D) of uint8 pictures (B, 3, H, W)."""
-        parts = [self.towers.pictures(look(self.trunk, part.float() / 127.5 - 1)) for part in images.split(batch)]
+        parts = [self.towers.pictures(look(self.trunk, signed(part))) for part in images.split(batch)]
         return torch.cat(parts) if parts else torch.empty(0, self.towers.config.dim)
 
 
@@ -133,7 +135,7 @@ def load_clip(path: Path | None = None) -> CLIP:
             TwoTowers(config, build_tokenizer(config.text, meta["tokenizer"])),
             EfficientNetLite0(),
             meta["card"],
-            _hash(path),
+            sha256(path),
         )
         tensors = read_tensors(path)
         load_into(clip.towers, {k: v for k, v in tensors.items() if not k.startswith("trunk.")})
@@ -145,9 +147,3 @@ def load_clip(path: Path | None = None) -> CLIP:
     clip = clip.float().eval().requires_grad_(False)
     clip.trunk.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return clip
-
-
-def _hash(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -31,7 +31,6 @@ from sfumato.text.t5 import T5Encoder
 from sfumato.text.tokenizer import Words, clip_words, t5_words
 
 M = TypeVar("M", bound=nn.Module)
-V = TypeVar("V", bound=AnyAutoencoder | CompactAutoencoder)
 
 
 class _Unfilled(TorchFunctionMode):
@@ -108,24 +107,29 @@ def autoencoder(model: Published) -> AnyAutoencoder:
 
 
 def _autoencoder(model: Published, component: str) -> Autoencoder | TinyAutoencoder:
-    config = model.configs[component]
+    return build(model, component, *autoencoder_of(model.configs[component]), torch.float32)
+
+
+def autoencoder_of(config: Json) -> tuple[Callable[[Any], Autoencoder | TinyAutoencoder], Any]:
+    """The network that an autoencoder's configuration asks for, and its shape."""
     if "num_decoder_blocks" in config or config.get("_class_name") == "AutoencoderTiny":
-        return build(model, component, TinyAutoencoder, tiny_autoencoder_config(config), torch.float32)
-    return build(model, component, Autoencoder, autoencoder_config(config), torch.float32)
+        return TinyAutoencoder, tiny_autoencoder_config(config)
+    return Autoencoder, autoencoder_config(config)
 
 
 def decoder(vae: AnyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
     """The way from x to pictures, in the type that x comes in: a wider one makes a wider copy of the weights."""
-    return lambda x: _in_type_of(x, vae).decode(x)
+    return lambda x: in_type_of(x, vae).decode(x)
 
 
 def encoder(vae: AnyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
     """The way from pictures to x, to the mean of what it may be, in the type that pictures come in."""
-    return lambda pictures: _in_type_of(pictures, vae).encode(pictures)
+    return lambda pictures: in_type_of(pictures, vae).encode(pictures)
 
 
-def _in_type_of(x: Tensor, vae: V) -> V:
-    return vae if x.dtype == next(vae.parameters()).dtype else in_dtype(vae, x.dtype)
+def in_type_of(x: Tensor, network: M) -> M:
+    """A network in the type that x comes in; a wider one is a copy."""
+    return network if x.dtype == next(network.parameters()).dtype else in_dtype(network, x.dtype)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from sfumato.checkpoints.published import Published
 from sfumato.checkpoints.tensors import LoadReport, load_into
 from sfumato.errors import BadCheckpoint
 from sfumato.families import common, configs
-from sfumato.networks.autoencoder import Autoencoder, TinyAutoencoder
 from sfumato.networks.dit import DiT
 from sfumato.networks.flux import Flux
 from sfumato.networks.mmdit import MMDiT
@@ -49,9 +48,7 @@ def _network(model: Published, component: str, family: str) -> tuple[Callable[[A
         network, read = TRANSFORMERS[family]
         return network, read(raw)
     if component == "vae":
-        if "num_decoder_blocks" in raw or raw.get("_class_name") == "AutoencoderTiny":
-            return TinyAutoencoder, configs.tiny_autoencoder_config(raw)
-        return Autoencoder, configs.autoencoder_config(raw)
+        return common.autoencoder_of(raw)
     if "d_model" in raw:
         return T5Encoder, configs.t5_config(raw)
     return CLIPText, configs.clip_config(raw, projected="text_projection.weight" in model.tensors[component])

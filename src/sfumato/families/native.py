@@ -25,7 +25,7 @@ from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterizat
 from sfumato.diffusion.schedules import SCHEDULES, Schedule
 from sfumato.errors import BadCheckpoint, nearest
 from sfumato.families import NATIVE_FORMAT
-from sfumato.families.common import decoder, encoder
+from sfumato.families.common import decoder, encoder, in_type_of
 from sfumato.families.model import Defaults, Model
 from sfumato.networks.compact import CompactAutoencoder, CompactConfig, PreviewConfig, PreviewDecoder
 from sfumato.networks.unet import UNet, UNetConfig
@@ -151,7 +151,7 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{path}: {e}") from None
     native = native.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore
-    vae = native.autoencoder
+    vae, preview = native.autoencoder, native.preview
     return Model(
         name=name,
         family="native",
@@ -161,7 +161,7 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         encode=native.text.encode,
         words=native.text.spell,
         decode=_three_channels if vae is None else decoder(vae),
-        preview=native.preview,
+        preview=None if preview is None else lambda x: in_type_of(x, preview)(x),
         encode_picture=_own_channels(config.denoiser.in_channels) if vae is None else encoder(vae),
         schedule=config.build_schedule(),
         parameterization=config.build_parameterization(),

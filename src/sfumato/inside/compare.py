@@ -63,7 +63,7 @@ def guidance(pipe: Pipeline, request: Request, weights: Sequence[float] = WEIGHT
         if w == 1:  # the strong denoiser alone: these have no effect there
             one = replace(one, negative="", guidance_rescale=0.0, guidance_interval=None)
         asked.append(one.resolve(pipe.model))
-    count = Counter(asked)
+    count = Counter(pipe, asked)
     for w, one in zip(weights, asked, strict=True):
         _, picture = yield from draw(pipe, one, count)
         p = picture.pixels
@@ -73,8 +73,8 @@ def guidance(pipe: Pipeline, request: Request, weights: Sequence[float] = WEIGHT
 class Counter:
     """Counts the steps of requests that are drawn one after another."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.done, self.total = 0, sum(r.steps or 0 for r in requests)
+    def __init__(self, pipe: Pipeline, requests: Sequence[Request]) -> None:
+        self.done, self.total = 0, sum(map(pipe.steps, requests))
 
     def step(self) -> Progress:
         """One more."""
@@ -155,7 +155,7 @@ def samplers(
     most = max(EXACT_STEPS, min(1000, 2 * max(steps)))
     exact, half = asking(EXACT, most), asking(EXACT, most // 2)
     asked = [asking(name, k) for name in names for k in steps]
-    count = Counter([half, exact, *asked])
+    count = Counter(pipe, [half, exact, *asked])
     rough, _ = yield from draw(pipe, half, count)
     x, picture = yield from draw(pipe, exact, count)
     yield Solution(most, x, picture.pixels, distance(x, rough))

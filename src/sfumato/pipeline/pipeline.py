@@ -43,6 +43,7 @@ from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture, Pixels
 from sfumato.pipeline.request import Request
 from sfumato.pipeline.tiles import tiled
+from sfumato.pixels import eight_bits, signed
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +156,7 @@ class Pipeline:
 
         Raises BadRequest if the model has no encoder, BadCheckpoint if it overflows even in a wider type.
         """
-        y = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, H, W)
+        y = signed(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))  # (n, 3, H, W)
         return torch.cat([self._encode(part) for part in y.split(self.batch)])
 
     @property
@@ -433,8 +434,7 @@ def _seeds(request: Request) -> list[int]:
 
 def _visible(pictures: Tensor) -> list[Pixels]:
     """Pictures (n, 3, H, W) in [−1, 1] as uint8 (H, W, 3)."""
-    scaled = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return list(np.ascontiguousarray(scaled.permute(0, 2, 3, 1).cpu().numpy()))
+    return list(np.ascontiguousarray(eight_bits(pictures).permute(0, 2, 3, 1).cpu().numpy()))
 
 
 def _wider(dtype: torch.dtype) -> torch.dtype:

@@ -17,6 +17,7 @@ from sfumato.server.answers import as_api_error, read_json
 from sfumato.server.context import Context
 from sfumato.server.errors import ApiError, fail
 from sfumato.server.gallery import NAME
+from sfumato.server.inputs import with_pictures
 
 MAX_STEPS, MAX_LISTED = 100, 16  # of a comparison: steps of one run, entries of a list
 
@@ -89,14 +90,10 @@ def _arguments(context: Context, kind: str, asked: dict[str, Any]) -> tuple[dict
 
 def _request(context: Context, stored: dict[str, Any]) -> dict[str, Any]:
     """A stored request as it can be made again, with the pictures that it started from, which uploads keep by hash."""
-    request = {k: v for k, v in stored.items() if v is not None}
-    for name, value in request.items():
-        if isinstance(value, dict) and "sha256" in value:
-            path = context.settings.uploads / f"{value['sha256']}.png"
-            if not path.is_file():
-                fail(409, "the picture that this one started from is not here any more")
-            request[name] = {**value, "data": base64.b64encode(path.read_bytes()).decode()}
-    return request
+    try:
+        return with_pictures(context.settings, {k: v for k, v in stored.items() if v is not None})
+    except FileNotFoundError:
+        fail(409, "the picture that this one started from is not here any more")
 
 
 def _digest(path: Path) -> str:

@@ -112,9 +112,7 @@ class AutoencoderTask:
     def grid(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Draw pictures beside their reconstructions."""
         network = self._averaged(weights).eval()
-        count = min(32, len(self.pictures))
-        chosen = [i * len(self.pictures) // count for i in range(count)]
-        x = torch.stack([self.pictures.images[i] for i in chosen]).float() / 127.5 - 1
+        x = self.pictures.at(self.pictures.spread(min(32, len(self.pictures))))
         pairs = torch.stack([x, network.decode(network.encode(x))], 1).flatten(0, 1)
         write_sheet(pairs, 8, path)
 
@@ -129,12 +127,10 @@ class AutoencoderTask:
 def measure_latents(network: CompactAutoencoder, pictures: Pictures, most: int = 4096) -> None:
     """Set the network's mean and deviation from evenly chosen pictures, the latents' own noise included."""
     total = square = torch.zeros(network.config.latent_channels, dtype=torch.float64)
-    n = min(most, len(pictures))
+    chosen = pictures.spread(min(most, len(pictures)))
     cells = 0
-    for start in range(0, n, 128):
-        chosen = [i * len(pictures) // n for i in range(start, min(start + 128, n))]
-        x = torch.stack([pictures.images[i] for i in chosen]).float() / 127.5 - 1
-        mean, log_variance = (v.double() for v in network.moments(x))
+    for start in range(0, len(chosen), 128):
+        mean, log_variance = (v.double() for v in network.moments(pictures.at(chosen[start : start + 128])))
         total = total + mean.sum((0, 2, 3))
         square = square + (mean**2 + log_variance.exp()).sum((0, 2, 3))
         cells += mean[:, 0].numel()

@@ -129,8 +129,7 @@ class ClipTask:
         prompts = self.recipe.grid_prompts or ("red apple", "tiger", "castle")
         words = CLIP(towers, self.trunk, {}).embed_words(prompts)
         best = (words @ towers.pictures(self.features[0]).T).topk(min(8, len(self.pictures)), dim=1).indices
-        x = torch.stack([self.pictures.images[int(i)] for i in best.flatten()]).float() / 127.5 - 1
-        write_sheet(x, best.shape[1], path)
+        write_sheet(self.pictures.at(best.flatten().tolist()), best.shape[1], path)
 
 
 def _start(towers: TwoTowers, settings: ClipRecipe, root: Path, cache: Path) -> None:

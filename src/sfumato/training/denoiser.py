@@ -95,7 +95,7 @@ class DenoiserTask:
         features: Tensor | None = None,
     ):
         self.recipe, self.pictures, self.features = recipe, pictures, features
-        self.autoencoder, self.decoders = autoencoder, {"autoencoder": autoencoder, "preview": preview}
+        self.autoencoder, self.preview = autoencoder, preview
         if recipe.model.text.tokenizer == "learned":
             vocabulary, path = recipe.model.text.vocabulary, run / "tokenizer.json"
             world.together(lambda: _learn_tokenizer(pictures, vocabulary, path) if world.main else None)
@@ -152,7 +152,7 @@ class DenoiserTask:
     def export(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write a model file: fp16 weights, and metadata that say how to build it."""
         tensors = {k: v.half().contiguous() for k, v in self._own(weights).items()}
-        for name, decoder in self.decoders.items():
+        for name, decoder in (("autoencoder", self.autoencoder), ("preview", self.preview)):
             if decoder is not None:
                 tensors |= {f"{name}.{k}": v.half().contiguous() for k, v in decoder.state_dict().items()}
         meta = metadata(self.recipe.model, self.module.text.tokenizer, {"name": self.recipe.name, **self.recipe.card})

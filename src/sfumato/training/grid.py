@@ -16,6 +16,7 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.spacings import SPACINGS
 from sfumato.families.native import Native
 from sfumato.files import write_atomically
+from sfumato.pixels import eight_bits
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def draw_grid(
 
 def write_sheet(x: Tensor, columns: int, path: Path) -> None:
     """Write pictures (N, C, H, W) in [−1, 1] as a PNG of so many columns, row after row; N a multiple of them."""
-    cells = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()  # (N, C, H, W)
+    cells = eight_bits(x)  # (N, C, H, W)
     c, h, w = cells.shape[1:]
     sheet = cells.reshape(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
     image = Image.fromarray(sheet.expand(-1, -1, 3).contiguous().numpy())

@@ -45,7 +45,7 @@ class PreviewTask:
         """Prepare latents and pictures for some places of the endless order."""
         batch = self.latents.take(self.recipe.seed, places)
         assert batch.indices is not None
-        pictures = torch.stack([self.latents.pictures.images[i] for i in batch.indices]).float() / 127.5 - 1
+        pictures = self.latents.pictures.at(batch.indices)
         u, noise = draws(self.recipe.seed, places, batch.x0.shape[1:])
         share = u.float() * self.recipe.preview.noise
         return Pair(batch.x0 + share[:, None, None, None] * noise, pictures, share)
@@ -75,8 +75,8 @@ class PreviewTask:
         """Draw pictures beside what is seen of them."""
         network = PreviewDecoder(self.recipe.preview.network)
         network.load_state_dict(dict(weights))
-        count = min(32, len(self.latents.latents))
-        chosen = [i * len(self.latents.latents) // count for i in range(count)]
-        x = torch.stack([self.latents.pictures.images[i] for i in chosen]).float() / 127.5 - 1
+        pictures = self.latents.pictures
+        chosen = pictures.spread(min(32, len(pictures)))
+        x = pictures.at(chosen)
         seen = network(self.latents.latents[chosen].float())
         write_sheet(torch.stack([x, seen], 1).flatten(0, 1), 8, path)

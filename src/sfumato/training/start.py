@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def pour(module: nn.Module, path: Path, prefix: str) -> None:
         raise BadCheckpoint(f"{path}: {e}") from None
 
 
-def align_features(recipe: Recipe, pictures: Pictures, cache: Path) -> Tensor:
+def align_features(recipe: Recipe, pictures: Pictures, folder: Path) -> Tensor:
     """EfficientNet-lite0's last map of every picture, one vector per patch of the denoiser, fp16 (N, cells, F).
 
     Its 1,280 channels are cut to their principal components over the data.
@@ -73,19 +74,26 @@ def align_features(recipe: Recipe, pictures: Pictures, cache: Path) -> Tensor:
     if model.transformer is None:
         raise BadData("recipe: latents.align needs model.transformer, whose patches are aligned")
     side = model.shape[1] // model.transformer.patch
-    network = load_lite0().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @cache
+    def network() -> nn.Module:
+        return load_lite0().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(x: Tensor) -> Tensor:
         x = F.interpolate(x, size=(32 * side, 32 * side), mode="bicubic", antialias=True).clamp(-1, 1)
-        return network(x.contiguous(memory_format=torch.channels_last))[7].flatten(2).transpose(1, 2)  # (B, N, 1280)
+        maps = network()(x.contiguous(memory_format=torch.channels_last))
+        return maps[7].flatten(2).transpose(1, 2)  # (B, N, 1280)
+
+    @cache
+    def basis() -> tuple[Tensor, Tensor]:  # only where nothing is known yet
+        few = pictures.at(pictures.spread(512))
+        sample = torch.cat([features(part) for part in few.split(128)]).flatten(0, 1)
+        mean = sample.mean(0)
+        _, vectors = torch.linalg.eigh((sample - mean).T @ (sample - mean))
+        return mean, vectors[:, -FEATURES:]
 
     def reduced(x: Tensor) -> Tensor:
+        mean, axes = basis()
         return (features(x) - mean) @ axes
 
-    few = torch.stack([pictures.images[i * len(pictures) // 512] for i in range(512)]).float() / 127.5 - 1
-    with torch.no_grad():
-        sample = torch.cat([features(part) for part in few.split(128)]).flatten(0, 1)
-    mean = sample.mean(0)
-    _, vectors = torch.linalg.eigh((sample - mean).T @ (sample - mean))
-    axes = vectors[:, -FEATURES:]
-    return encoded(pictures, reduced, f"lite0/{LITE0.sha256}/{side}/{FEATURES}", cache)
+    return encoded(pictures, reduced, f"lite0/{LITE0.sha256}/{side}/{FEATURES}", folder)

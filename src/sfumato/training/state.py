@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Size, Tensor
 
 from sfumato.errors import SfumatoError
-from sfumato.files import PART, cannot_write, sync_folder, write_atomically
+from sfumato.files import PART, cannot_write, sha256, sync_folder, write_atomically
 from sfumato.training.world import World, placed_like
 
 
@@ -89,7 +89,7 @@ def save_shards(folder: Path, checkpoint: Checkpoint, keep: int, world: World) -
         for file in own:
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-        return json.dumps({file.name: _hash(file) for file in own})
+        return json.dumps({file.name: sha256(file) for file in own})
 
     def end() -> None:
         if world.main:
@@ -143,7 +143,7 @@ def _read(path: Path, world: World) -> Checkpoint:
         if sorted(file.name for file in shards.iterdir()) != sorted(hashes):
             raise ValueError("files are missing")
         for name in sorted(hashes)[world.rank :: world.size]:
-            if _hash(shards / name) != hashes[name]:
+            if sha256(shards / name) != hashes[name]:
                 raise ValueError(f"the bytes of {name} have changed since it was written")
         return Checkpoint(step, {}, plain, shards)
     data = path.with_suffix(".safetensors").read_bytes()
@@ -183,11 +183,6 @@ def _write_error(path: Path, error: BaseException) -> SfumatoError:
     if isinstance(error, SfumatoError):
         return error
     return cannot_write(path, error if isinstance(error, OSError) else OSError(0, str(error) or type(error).__name__))
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _sealed(plain: Mapping[str, Any]) -> bytes:

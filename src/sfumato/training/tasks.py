@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sfumato.data.pictures import Pictures, load_pictures
 from sfumato.data.report import Report
 from sfumato.errors import BadData, nearest
-from sfumato.files import write_atomically
+from sfumato.files import sha256, write_atomically
 from sfumato.training.loop import Task
 from sfumato.training.progress import Progress
 from sfumato.training.recipe import Recipe
@@ -50,15 +50,12 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
 
 
 def _latents(recipe: Recipe, pictures: Pictures, root: Path, run: Path) -> tuple[Latents, CompactAutoencoder]:
-    import hashlib
-
     from sfumato.data.latents import Latents, encoded
     from sfumato.families.autoencoder import load_autoencoder
 
     path = root / recipe.latents.autoencoder
     network = load_autoencoder(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Latents(pictures, encoded(pictures, network.encode, digest, run / "cache")), network
+    return Latents(pictures, encoded(pictures, network.encode, sha256(path), run / "cache")), network
 
 
 def _preview(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:

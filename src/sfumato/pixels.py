@@ -1,0 +1,20 @@
+"""The two ways in which pixels are told: eight bits, as files and people have them, and [−1, 1], as networks do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def signed(pixels: Tensor) -> Tensor:
+    """Eight-bit pixels of any shape → float32 in [−1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    """Pixels of any shape, held within [−1, 1] → uint8."""
+    import torch
+
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
