@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from faults import write_pictures
 from sfumato.data.config import DataConfig
-from sfumato.data.latents import Latents, encoded
+from sfumato.data.latents import Latents, encoded, encoded_in_shapes
 from sfumato.data.pictures import Pictures, load_pictures
 from sfumato.errors import BadData
 
@@ -47,6 +48,32 @@ def test_made_once_and_known_by_content(pictures: Pictures, tmp_path: Path) -> N
     changed = replace(pictures, weights=pictures.weights * 2, _orders={})  # other data
     encoded(changed, counting, "a", tmp_path)
     assert sum(calls) == 3 * len(pictures)
+
+
+def test_pictures_of_many_shapes_are_encoded_in_their_own(tmp_path: Path) -> None:
+    for name, n, size in (("square", 7, (40, 40)), ("wide", 5, (80, 50)), ("tall", 6, (50, 80))):
+        write_pictures(tmp_path / "data" / name, n, size)
+    config = DataConfig(path=str(tmp_path / "data"), max_aspect=2.0)
+    pictures = load_pictures(config, 32, Path(), multiple=8, step_size=3)
+    calls: list[int] = []
+
+    def halved(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return torch.nn.functional.avg_pool2d(x, 4)
+
+    latents = Latents(pictures, encoded_in_shapes(pictures, halved, "halved", tmp_path, batch=4))
+    assert sorted(calls) == [1, 2, 3, 4, 4, 4]  # groups of one shape
+    shapes = set()
+    for step in range(12):
+        places = range(3 * step, 3 * step + 3)
+        theirs, ours = pictures.take(1, places), latents.take(1, places)
+        assert ours.captions == theirs.captions
+        torch.testing.assert_close(ours.x0, torch.nn.functional.avg_pool2d(theirs.x0, 4), atol=1e-3, rtol=1e-3)
+        shapes.add(tuple(ours.x0.shape[-2:]))
+    assert shapes == {(8, 8), (6, 10), (10, 6)}
+    again = Latents(pictures, encoded_in_shapes(pictures, halved, "halved", tmp_path))
+    assert len(calls) == 6
+    assert again.fingerprint() == latents.fingerprint()
 
 
 @pytest.mark.parametrize("setting", [{"flip": True}, {"crop": "random"}, {"lazy": True}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from faults import write_pictures
 from sfumato.config import from_dict
 from sfumato.data.config import DataConfig
 from sfumato.data.pictures import load_pictures
@@ -131,6 +133,31 @@ def test_alignment_draws_states_towards_features_and_leaves_the_model_as_it_is_b
     assert losses[-1] < losses[0] - 0.1
     task.export(task.module.state_dict(), tmp_path / "model.safetensors")
     assert load(tmp_path / "model.safetensors").generate("a cat", seed=0)
+
+
+def test_latents_keep_the_shapes_of_their_pictures(
+    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, n, size in (("square", 6, (40, 40)), ("wide", 5, (96, 32)), ("tall", 5, (32, 96))):
+        write_pictures(tmp_path / "data" / name, n, size)
+    raw = latent(str(vae))
+    raw["data"] = {"path": str(tmp_path / "data"), "max_aspect": 4.0}
+    final = train(raw, tmp_path, "whole")
+    assert "shapes: 32×8 5, 16×16 6, 8×32 5" in capsys.readouterr().err
+    task = build_task(from_dict(Recipe, raw, "test"), tmp_path, tmp_path / "whole", World(), Progress(quiet=True))
+    assert {tuple(task.fetch(range(4 * i, 4 * i + 4)).x0.shape) for i in range(6)} == {
+        (4, 3, 4, 4), (4, 3, 2, 8), (4, 3, 8, 2)
+    }  # fmt: skip
+    assert load(final).generate("a red apple", seed=1, width=32, height=8)[0].pixels.shape == (8, 32, 3)
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")  # as if killed after four steps
+    for path in ((tmp_path / "again/final.safetensors"), *(tmp_path / "again/checkpoints").glob("step-00000006*")):
+        path.unlink()
+    assert train(raw, tmp_path, "again").read_bytes() == final.read_bytes()
+    assert "resuming at step 4" in capsys.readouterr().err
+    with pytest.raises(BadData, match="squares alone"):
+        raw["latents"]["align"] = 1.0
+        build_task(from_dict(Recipe, raw, "test"), tmp_path, tmp_path / "other", World(), Progress(quiet=True))
 
 
 PREVIEW = {"latent_channels": 3, "widths": [4, 6], "patch": 2, "blocks": 1}

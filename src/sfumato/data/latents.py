@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,22 +20,46 @@ def encoded(pictures: Pictures, encode: Callable[[Tensor], Tensor], key: str, fo
     """Return what ``encode`` makes of every picture, fp16 (N, …), from the folder where it is known already.
 
     Args:
+        pictures: all of one shape.
         encode: pictures (B, C, H, W) in [−1, 1] → (B, …).
         key: names ``encode`` and all that it depends on; the file's name is a hash of it and of the pictures.
     """
+    return _stacks(pictures, {"latents": range(len(pictures))}, encode, key, folder, batch)["latents"]
+
+
+def encoded_in_shapes(
+    pictures: Pictures, encode: Callable[[Tensor], Tensor], key: str, folder: Path, batch: int = 128
+) -> Sequence[Tensor]:
+    """Return what ``encode`` makes of each picture, as ``encoded`` does, but for pictures of many shapes."""
+    if pictures.shapes is None:
+        return encoded(pictures, encode, key, folder, batch)
+    members: dict[str, list[int]] = {}
+    for i, (h, w) in enumerate(pictures.shapes):
+        members.setdefault(f"{h}x{w}", []).append(i)
+    stacks = _stacks(pictures, members, encode, f"{key}/{pictures.shapes}", folder, batch)
+    each = {i: z for shape, indices in members.items() for i, z in zip(indices, stacks[shape], strict=True)}
+    return [each[i] for i in range(len(pictures))]
+
+
+def _stacks(
+    pictures: Pictures, members: Mapping[str, Sequence[int]], encode: Callable[[Tensor], Tensor], key: str,
+    folder: Path, batch: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Encode groups of pictures, each of one shape, and keep the results by the groups' names."""
     if pictures.config.flip or pictures.config.crop == "random" or pictures.config.lazy:
         raise BadData("data: flip, crop=random and lazy do not go with latents, which are made once: turn them off")
     path = folder / f"{hashlib.sha256(f'{key}/{pictures.fingerprint()}'.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
-        return load(path.read_bytes())["latents"]
-    parts: list[Tensor] = []
+        return load(path.read_bytes())
     with torch.no_grad():
-        for start in range(0, len(pictures), batch):
-            parts.append(encode(pictures.at(range(start, min(start + batch, len(pictures))))).half())
-    latents = torch.cat(parts).contiguous()
+        stacks = {
+            name: torch.cat([encode(pictures.at(indices[i : i + batch])).half() for i in range(0, len(indices), batch)])
+            for name, indices in members.items()
+        }
+    stacks = {name: stack.contiguous() for name, stack in stacks.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save({"latents": latents}))
-    return latents
+    write_atomically(path, save(stacks))
+    return stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +67,7 @@ class Latents:
     """Pictures whose x0 is a latent: the same order and captions as theirs."""
 
     pictures: Pictures
-    latents: Tensor  # (N, C, h, w)
+    latents: Sequence[Tensor] | Tensor  # N times (C, h, w)
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -54,10 +78,12 @@ class Latents:
         """Return what stands at some places of the endless order."""
         drawn = [(i, self.pictures.caption(i, rng)) for i, rng in self.pictures.drawn(seed, places)]
         indices = [i for i, _ in drawn]
-        return Batch(self.latents[indices].float(), [caption for _, caption in drawn], indices)
+        x0 = torch.stack([self.latents[i] for i in indices]).float()  # of one shape, as batches are
+        return Batch(x0, [caption for _, caption in drawn], indices)
 
     def fingerprint(self) -> str:
         """SHA-256 of the pictures, their columns and their latents."""
         digest = hashlib.sha256(self.pictures.fingerprint().encode())
-        digest.update(self.latents.numpy().tobytes())
+        for z in self.latents:
+            digest.update(z.numpy().tobytes())
         return digest.hexdigest()

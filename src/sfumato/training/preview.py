@@ -78,5 +78,5 @@ class PreviewTask:
         pictures = self.latents.pictures
         chosen = pictures.spread(min(32, len(pictures)))
         x = pictures.at(chosen)
-        seen = network(self.latents.latents[chosen].float())
+        seen = network(torch.stack([self.latents.latents[i] for i in chosen]).float())
         write_sheet(torch.stack([x, seen], 1).flatten(0, 1), 8, path)

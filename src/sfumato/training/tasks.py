@@ -37,7 +37,9 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
     from sfumato.training.denoiser import DenoiserTask
     from sfumato.training.start import align_features, start_denoiser, start_preview, start_text
 
-    latents, network = _latents(recipe, load(recipe.model.size, 3, 0), root, run)
+    if recipe.latents.align and recipe.data.max_aspect > 1:
+        raise BadData("recipe: latents.align goes with squares alone: set data.max_aspect to 1, or latents.align to 0")
+    latents, network = _latents(recipe, load(recipe.model.size, 3, recipe.model.multiple), root, run)
     if recipe.model.autoencoder != network.config:
         path = root / recipe.latents.autoencoder
         raise BadData(f"recipe: model.autoencoder is {recipe.model.autoencoder}, but {path} holds {network.config}")
@@ -50,12 +52,12 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
 
 
 def _latents(recipe: Recipe, pictures: Pictures, root: Path, run: Path) -> tuple[Latents, CompactAutoencoder]:
-    from sfumato.data.latents import Latents, encoded
+    from sfumato.data.latents import Latents, encoded_in_shapes
     from sfumato.families.autoencoder import load_autoencoder
 
     path = root / recipe.latents.autoencoder
     network = load_autoencoder(path)
-    return Latents(pictures, encoded(pictures, network.encode, sha256(path), run / "cache")), network
+    return Latents(pictures, encoded_in_shapes(pictures, network.encode, sha256(path), run / "cache")), network
 
 
 def _preview(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
@@ -115,7 +117,7 @@ def build_task(recipe: Recipe, root: Path, run: Path, world: World, progress: Pr
 
     def load(side: int, channels: int, multiple: int) -> Pictures:
         if recipe.data.max_aspect > 1 and not multiple:
-            raise BadData(f"data.max_aspect goes with denoisers of pixels alone: set it to 1 for {recipe.name}")
+            raise BadData(f"data.max_aspect goes with denoisers alone: set it to 1 for {recipe.name}")
         pictures = world.together(
             lambda: load_pictures(
                 recipe.data, side, root, channels=channels, multiple=multiple, step_size=recipe.batch, on_report=report
