@@ -155,9 +155,10 @@ def test_latents_keep_the_shapes_of_their_pictures(
         path.unlink()
     assert train(raw, tmp_path, "again").read_bytes() == final.read_bytes()
     assert "resuming at step 4" in capsys.readouterr().err
+    raw["latents"]["align"] = 1.0
+    aligned = from_dict(Recipe, raw, "test")
     with pytest.raises(BadData, match="squares alone"):
-        raw["latents"]["align"] = 1.0
-        build_task(from_dict(Recipe, raw, "test"), tmp_path, tmp_path / "other", World(), Progress(quiet=True))
+        build_task(aligned, tmp_path, tmp_path / "other", World(), Progress(quiet=True))
 
 
 PREVIEW = {"latent_channels": 3, "widths": [4, 6], "patch": 2, "blocks": 1}

@@ -114,7 +114,7 @@ def inception(weights: Path | None) -> Extractor:
         raise NoResources("FID needs Inception's weights, which no package carries: name their file with --inception")
     try:
         module = import_module("torch_fidelity.feature_extractor_inceptionv3")
-    except ImportError as e:
+    except (ImportError, RuntimeError) as e:  # the latter from a torchvision that was built for another torch
         raise NoResources(f"FID needs torch-fidelity ({e}): pip install torch-fidelity torchvision") from None
     try:
         data = weights.read_bytes()
