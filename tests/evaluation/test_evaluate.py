@@ -70,6 +70,14 @@ def test_real_pictures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "60 more left out" in captured.err
 
 
+@pytest.mark.parametrize("setting", [("--seed", "3"), ("--steps", "5"), ("--guidance", "2"), ("--sampler", "ddim")])
+def test_settings_of_pictures_made_do_not_go_with_real_ones(
+    setting: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--real", "--data", "sample", *setting]) == 2
+    assert f"leave out {setting[0]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

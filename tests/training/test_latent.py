@@ -207,6 +207,28 @@ def test_a_preview_of_another_shape_is_refused(vae: Path, tmp_path: Path) -> Non
         train(recipe, tmp_path, "c")
 
 
+def test_an_autoencoder_goes_on_from_another(vae: Path, tmp_path: Path) -> None:
+    """At a rate of nothing it stays what it was; a file of another shape is refused."""
+    still = {"optimizer": {"name": "adamw", "rate": 0.0, "warmup": 0}}
+    later = {**VAE, **still, "autoencoder": {**VAE["autoencoder"], "start": str(vae)}}
+    before, after = load_file(vae), load_file(train(later, tmp_path, "later"))
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith(("encoder.", "decoder.")))
+    other = {**later["autoencoder"], "network": {**SHAPE, "widths": [8, 16]}}
+    with pytest.raises(BadCheckpoint, match=vae.name):
+        train({**later, "autoencoder": other}, tmp_path, "other")
+
+
+def test_latents_are_blurred_by_the_share_the_recipe_says() -> None:
+    loss = {**VAE["autoencoder"]["loss"], "noise": 0.7}
+    recipe = from_dict(Recipe, {**VAE, "autoencoder": {**VAE["autoencoder"], "loss": loss}}, "test")
+    task = AutoencoderTask(recipe, load_pictures(DataConfig(path="sample", captions="none"), 16, Path()))
+    shares = torch.cat([task.fetch(range(i, i + 64)).excess for i in range(0, 512, 64)]).flatten()
+    assert shares.min() >= 0
+    assert shares.max() <= 0.7
+    assert shares.max() > 0.65
+    assert abs(shares.mean() - 0.35) < 0.03
+
+
 def test_what_does_not_fit_is_refused_in_one_line(vae: Path, tmp_path: Path) -> None:
     wrong = latent(str(vae))
     wrong["model"] = {**wrong["model"], "autoencoder": {**SHAPE, "widths": [8, 16]}}

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from sfumato.evaluation.truth import Truth
 
 
+OF_A_MODEL = ("grid", "seed", "steps", "sampler", "guidance")  # settings that only pictures made have
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BadRequest(f"{message}; see `{self.prog} --help`")
@@ -48,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metrics", metavar="A,B", help="of fd, kid, pr, lpips, judge, clip, nearest (these are the default) and fid"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the first picture; the next has S+1 (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, metavar="S", help="of the first picture; the next has S+1 (default: 0)")
     parser.add_argument("--steps", type=int, metavar="K", help="steps from noise to picture")
     parser.add_argument("--sampler", metavar="NAME", help="see `sfumato samplers`")
     parser.add_argument("--guidance", type=float, metavar="W", help="how strongly to follow the captions; 1 = plain")
@@ -71,8 +72,11 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.data is None:
         raise BadRequest("say which pictures to measure against with --data")
-    if args.real and (args.model or args.grid):
-        raise BadRequest("--real measures real pictures: leave out the model and --grid")
+    if args.real:
+        for name in ("model", *OF_A_MODEL):
+            if getattr(args, name) is not None:
+                shown = "the model" if name == "model" else f"--{name}"
+                raise BadRequest(f"--real measures real pictures: leave out {shown}")
     from rich.console import Console
 
     from sfumato.data.config import DataConfig
@@ -90,11 +94,12 @@ def main(argv: list[str]) -> int:
         path = getattr(args, name)
         if path and not Path(path).absolute().parent.is_dir():
             raise BadRequest(f"--{name}: no folder {Path(path).absolute().parent}")
-    settings: dict[str, Any] = {k: getattr(args, k) for k in ("seed", "steps", "sampler", "guidance")}
+    settings: dict[str, Any] = {k: getattr(args, k) for k in ("steps", "sampler", "guidance")}
+    settings["seed"] = args.seed or 0
     pipe, size = None, 64
     autoencoder = args.model is not None and is_autoencoder(Path(args.model))
     if autoencoder:
-        for name in ("metrics", "grid", "steps", "sampler", "guidance", "inception"):
+        for name in ("metrics", "inception", *OF_A_MODEL):
             if getattr(args, name) is not None:
                 raise BadRequest(f"--{name} is for models that make pictures, and {args.model} is an autoencoder")
     elif not args.real:

@@ -112,10 +112,17 @@ class CompactAutoencoder(nn.Module):
         """The denoiser's x (B, C, h, w) → pictures (B, 3, f·h, f·w)."""
         return self.decoder(x * self._channels(self.deviation) + self._channels(self.mean))
 
-    def forward(self, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstructions (B, 3, H, W) of pictures through noisy latents, and the moments; for training."""
+    def forward(self, pictures: Tensor, noise: Tensor, excess: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstructions (B, 3, H, W) of pictures through noisy latents, and the moments; for training.
+
+        Args:
+            noise: unit noise (B, C, h, w).
+            excess: noise beside the latents' own, as a share (B, 1, 1, 1) of each channel's deviation over the batch:
+                what a denoiser leaves, and the decoder has to bear (l-DeTok, 2507.15856).
+        """
         mean, log_variance = self.moments(pictures)
-        return self.decoder(mean + (0.5 * log_variance).exp() * noise), mean, log_variance
+        spread = excess * mean.detach().std((0, 2, 3), correction=0)[:, None, None]
+        return self.decoder(mean + (log_variance.exp() + spread**2).sqrt() * noise), mean, log_variance
 
     def _channels(self, v: Tensor) -> Tensor:
         return v[:, None, None]

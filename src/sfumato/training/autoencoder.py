@@ -32,10 +32,11 @@ from sfumato.training.recipe import AutoencoderLoss, Recipe
 
 
 class Pair(NamedTuple):
-    """One micro-batch: pictures (B, 3, H, W), unit noise like their latents, and whether the game is on."""
+    """One micro-batch: pictures (B, 3, H, W), unit noise like their latents, its excess, and whether the game is on."""
 
     x: Tensor
     noise: Tensor
+    excess: Tensor  # (B, 1, 1, 1)
     adversarial: bool
 
 
@@ -52,10 +53,10 @@ class Game(nn.Module):
         if self.weights.perceptual:
             object.__setattr__(self, "perceptual", load_lpips("alex"))
 
-    def forward(self, x: Tensor, noise: Tensor, adversarial: bool) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, excess: Tensor, adversarial: bool) -> Tensor:
         """The loss of each picture (B,)."""
         w = self.weights
-        y, mean, log_variance = self.autoencoder(x, noise)
+        y, mean, log_variance = self.autoencoder(x, noise, excess)
         y = y.float()
         error = y - x
         loss = error.abs().mean((1, 2, 3)) + w.square * error.square().mean((1, 2, 3))
@@ -86,9 +87,9 @@ class AutoencoderTask:
         x = self.pictures.take(self.recipe.seed, places).x0.contiguous(memory_format=torch.channels_last)
         config = self.recipe.autoencoder
         side = self.recipe.autoencoder.size // config.network.factor
-        _, noise = draws(self.recipe.seed, places, (config.network.latent_channels, side, side))
+        u, noise = draws(self.recipe.seed, places, (config.network.latent_channels, side, side))
         start = config.loss.adversarial_from * self.recipe.steps * self.recipe.batch
-        return Pair(x, noise, places.start >= start)
+        return Pair(x, noise, config.loss.noise * u.float()[:, None, None, None], places.start >= start)
 
     def fingerprint(self) -> str:
         """SHA-256 of the pictures and their columns."""
@@ -97,7 +98,7 @@ class AutoencoderTask:
     def losses(self, module: Callable[..., Tensor], batch: Pair) -> Losses:
         """Return the losses of one micro-batch."""
         device = next(self.module.parameters()).device
-        loss = module(batch.x.to(device), batch.noise.to(device), batch.adversarial)
+        loss = module(batch.x.to(device), batch.noise.to(device), batch.excess.to(device), batch.adversarial)
         return Losses(loss, torch.zeros(len(loss)))
 
     def export(self, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -82,6 +82,7 @@ class AutoencoderLoss:
     Args:
         square: of the squared error; ``perceptual``: of LPIPS; ``kl``: of the divergence per latent number.
         adversarial: of the discriminator's opinion, from the share ``adversarial_from`` of the run on; 0: none.
+        noise: most that latents get beside their own noise in training, as a share of their deviation.
     """
 
     square: float = 1.0
@@ -89,15 +90,21 @@ class AutoencoderLoss:
     kl: float = 1e-3
     adversarial: float = 0.0
     adversarial_from: float = 0.6
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """What ``task: autoencoder`` trains, on pictures of ``size`` pixels per side."""
+    """What ``task: autoencoder`` trains, on pictures of ``size`` pixels per side.
+
+    Args:
+        start: file of an autoencoder of the network's shape, to start from; read from the recipe's folder.
+    """
 
     size: int = 64
     network: CompactConfig = field(default_factory=CompactConfig)
     loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
+    start: str = ""
 
     def __post_init__(self) -> None:
         if self.size % self.network.factor:

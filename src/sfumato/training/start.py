@@ -1,4 +1,4 @@
-"""What a latent denoiser starts from: a trained text tower, a warm denoiser, features to be aligned with."""
+"""What training starts from: a trained text tower, a warm denoiser or autoencoder, features to be aligned with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sfumato.data.pictures import Pictures
 from sfumato.errors import BadCheckpoint, BadData
 from sfumato.families.autoencoder import load_preview
 from sfumato.families.native import Native
-from sfumato.networks.compact import PreviewDecoder
+from sfumato.networks.compact import CompactAutoencoder, PreviewDecoder
 from sfumato.training.recipe import Recipe
 
 FEATURES = 192  # numbers that are kept of each cell's features
@@ -49,6 +49,12 @@ def start_preview(recipe: Recipe, root: Path) -> PreviewDecoder | None:
         path = root / recipe.latents.preview
         raise BadData(f"recipe: model.preview is {recipe.model.preview}, but {path} holds {decoder.config}")
     return decoder
+
+
+def start_autoencoder(recipe: Recipe, network: CompactAutoencoder, root: Path) -> None:
+    """Pour the recipe's warm start into the autoencoder."""
+    if recipe.autoencoder.start:
+        pour(network, root / recipe.autoencoder.start, "")
 
 
 def pour(module: nn.Module, path: Path, prefix: str) -> None:

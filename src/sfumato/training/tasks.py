@@ -77,8 +77,11 @@ def _preview(recipe: Recipe, load: Load, root: Path, run: Path, world: World) ->
 
 def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
     from sfumato.training.autoencoder import AutoencoderTask
+    from sfumato.training.start import start_autoencoder
 
-    return AutoencoderTask(recipe, load(recipe.autoencoder.size, 3, 0))
+    task = AutoencoderTask(recipe, load(recipe.autoencoder.size, 3, 0))
+    start_autoencoder(recipe, task.module.autoencoder, root)
+    return task
 
 
 def _clip(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
