@@ -252,6 +252,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="FILE", help="use another autoencoder, such as a tiny one, or another decoder")
     add("--denoiser", metavar="FILE", help="use another denoiser, such as a GGUF file, with the model's other parts")
     add("--control", metavar="FILE", help="add a ControlNet, which follows --control-image")
+    add("--ip-adapter", metavar="FILE", help="add an IP-Adapter, which follows --image-prompt")
+    add("--image-encoder", metavar="FOLDER", help="the IP-Adapter's (default: image_encoder beside it or in the model)")
     _add_reading(parser)
     add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")
     add("--dtype", metavar="fp32|bf16", help="type to compute in (default: fp32)")
@@ -631,7 +633,8 @@ def _additions(args: argparse.Namespace) -> Additions:
         if word in embeddings:
             raise BadRequest(f"--embedding names the word {word!r} twice")
         embeddings[word] = file
-    return Additions.of([_lora(text) for text in args.lora], embeddings, args.vae, args.control, args.denoiser)
+    networks = (args.vae, args.control, args.denoiser, args.ip_adapter, args.image_encoder)
+    return Additions.of([_lora(text) for text in args.lora], embeddings, *networks)
 
 
 def _lora(text: str) -> tuple[str, float]:
@@ -651,12 +654,13 @@ def _found(ingredients: Sequence[Ingredient], args: argparse.Namespace) -> Addit
     """The files of a picture's ingredients, known by their content: those that flags name, and those of the same name
     beside the picture, beside the model, or here. Raises BadCheckpoint for those that are not there.
     """
-    from sfumato.families.additions import Additions, content_hash
+    from sfumato.families.additions import NETWORKS, Additions, content_hash
 
     given = _additions(args)
     named = [path for path, _ in given.loras] + list(given.embeddings.values())
-    named += [path for path in (given.vae, given.controlnet, given.denoiser) if path is not None]
+    named += [path for kind in NETWORKS if (path := getattr(given, kind)) is not None]
     beside = [Path(), Path(args.picture).parent, Path(args.model or "").parent]
+    beside += [] if given.ip_adapter is None else [given.ip_adapter.parent]
     hashes = {path: content_hash(path) for path in named}
     places: dict[Ingredient, Path] = {}
     for it in ingredients:
@@ -666,9 +670,10 @@ def _found(ingredients: Sequence[Ingredient], args: argparse.Namespace) -> Addit
         found = next((path for path, hash in hashes.items() if hash == it.hash), None)
         if found is None:
             flag = {"lora": "--lora FILE", "embedding": f"--embedding {it.word}=FILE", "controlnet": "--control FILE"}
+            usual = f"--{it.kind.replace('_', '-')} FILE"
             raise BadCheckpoint(
                 f"{args.picture} was made with the {it} (sha256 {it.hash[:12]}), which is not here: "
-                f"name it with {flag.get(it.kind, f'--{it.kind} FILE')}"
+                f"name it with {flag.get(it.kind, usual)}"
             )
         places[it] = found
     if unused := [p for p in named if p not in places.values()]:
@@ -677,7 +682,7 @@ def _found(ingredients: Sequence[Ingredient], args: argparse.Namespace) -> Addit
     return Additions.of(
         [(path, it.weight or 0.0) for it, path in places.items() if it.kind == "lora"],
         {it.word or "": path for it, path in places.items() if it.kind == "embedding"},
-        *(parts.get(kind) for kind in ("vae", "controlnet", "denoiser")),
+        **{kind: parts.get(kind) for kind in NETWORKS},
     )
 
 

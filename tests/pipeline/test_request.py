@@ -56,6 +56,8 @@ FIELDS = {
     "upscale": "int | None",
     "control_image": "PictureFile | None",
     "control_scale": "float | None",
+    "image_prompt": "PictureFile | None",
+    "image_prompt_scale": "float | None",
 }
 
 
@@ -189,6 +191,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"upscale": 2}, "upscale is 1 or 4, not 2"),
     ({"upscale": 8}, "upscale must be a whole number from 1 to 4"),
     ({"control_scale": 0.5}, "control_scale has no effect without control_image"),
+    ({"image_prompt_scale": 0.5}, "image_prompt_scale has no effect without image_prompt"),
     ({"control_image": png(), "control_scale": -1}, "control_scale must be a number from 0 to 10"),
     ({"hires_strength": 0.5}, "hires_strength has no effect without hires"),
     ({"hires": 2, "hires_strength": 0}, "hires_strength must be above 0"),

@@ -1,4 +1,4 @@
-"""One network alone, to go with a model: a ControlNet, an autoencoder or a denoiser, from a folder or a file.
+"""One network alone, to go with a model: a ControlNet, an autoencoder, a denoiser, an IP-Adapter, from folder or file.
 
 | network          | folder, and its names in files | files under their makers' names                                 |
 |------------------|--------------------------------|-----------------------------------------------------------------|
@@ -6,6 +6,8 @@
 | KL autoencoder   | AutoencoderKL                  | latent diffusion's, ``encoder.down.*``                          |
 | tiny autoencoder | AutoencoderTiny                | TAESD's ``1.weight`` …, the decoder alone or both with prefixes |
 | denoiser         |                                | those of single files, with their prefix or without             |
+| IP-Adapter       |                                | ``image_proj.*`` and ``ip_adapter.*``                           |
+| image encoder    | CLIPVisionModelWithProjection  |                                                                 |
 
 A file's names and shapes tell which it is; its name does not.
 """
@@ -86,6 +88,74 @@ def read_autoencoder(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
     except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
         raise BadCheckpoint(f"{path}: the autoencoder is not whole: {e} is missing or misshaped") from None
     raise BadCheckpoint(f"{path}: no autoencoder: {describe_foreign(shapes)}")
+
+
+def read_ip_adapter(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
+    """Read an IP-Adapter; BadCheckpoint, naming the file, for what is none, or of a kind that cannot be followed."""
+    if path.is_dir():
+        raise BadCheckpoint(f"{path}: a folder; name the IP-Adapter's own file in it")
+    raw = _tensors(path, allow_pickle)
+    shapes = {k: tuple(t.shape) for k, t in raw.items()}
+    if not any(re.fullmatch(r"ip_adapter\.\d+\.to_k_ip\.weight", k) for k in raw):
+        raise BadCheckpoint(f"{path}: no IP-Adapter: {describe_foreign(shapes)}")
+    if any("_lora." in k or k.startswith("image_proj.perceiver_resampler.") for k in raw) or (
+        "image_proj.norm.weight" in raw and "image_proj.proj.weight" not in raw
+    ):
+        raise BadCheckpoint(f"{path}: an IP-Adapter for what a recognizer of faces says (FaceID): not supported")
+    try:
+        return PartOfModel(_describe_ip_adapter(shapes), raw, (path,))
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as e:
+        raise BadCheckpoint(f"{path}: the IP-Adapter is not whole: {e} is missing or misshaped") from None
+
+
+def read_image_encoder(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
+    """Read CLIP's tower for pictures from its folder, or from that of a whole CLIP; BadCheckpoint for what is none."""
+    if not path.is_dir():
+        raise BadCheckpoint(f"{path}: an image encoder is a folder with its config.json, which tells its heads")
+    config = read_json(path / "config.json")
+    kind = str((config.get("architectures") or [config.get("model_type")])[0])
+    if kind == "CLIPModel" and isinstance(config.get("vision_config"), dict):
+        config = {"projection_dim": config.get("projection_dim", 512), **config["vision_config"]}
+    elif kind not in ("CLIPVisionModelWithProjection", "clip_vision_model"):
+        raise BadCheckpoint(
+            f"{path}: its config.json is of {kind[:60]!r}, not of CLIPVisionModelWithProjection or CLIPModel"
+        )
+    files = weight_files(path, allow_pickle=allow_pickle)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _tensors(file, allow_pickle)
+    own = ("vision_model.", "visual_projection.")
+    kept = {k: t for k, t in tensors.items() if k.startswith(own) and not k.endswith(".position_ids")}
+    return PartOfModel(config, kept, tuple(files))
+
+
+def _describe_ip_adapter(s: Shapes) -> dict[str, Any]:
+    numbers = sorted(int(m[1]) for k in s if (m := re.fullmatch(r"ip_adapter\.(\d+)\.to_k_ip\.weight", k)))
+    if numbers != list(range(1, 2 * len(numbers), 2)):
+        raise ValueError(f"one of the layers 1 to {numbers[-1]}")
+    keys = [s[f"ip_adapter.{i}.to_k_ip.weight"] for i in numbers]
+    common = {"attention": [[context, dim] for dim, context in keys]}
+    if "image_proj.proj.weight" in s:
+        (out, features), (dim,) = s["image_proj.proj.weight"], s["image_proj.norm.weight"]
+        return {**common, "kind": "plain", "features": features, "dim": dim, "tokens": out // dim}
+    if "image_proj.proj.3.weight" in s:
+        (inner, features), (dim,) = s["image_proj.proj.0.weight"], s["image_proj.proj.3.weight"]
+        return {**common, "kind": "full", "features": features, "dim": dim, "tokens": 0, "inner": inner}
+    _, tokens, inner = s["image_proj.latents"]
+    queries = s["image_proj.layers.0.0.to_q.weight"][0]
+    heads = max(1, queries // 64)  # of 64, as all that are published
+    return {
+        **common,
+        "kind": "plus",
+        "features": s["image_proj.proj_in.weight"][1],
+        "dim": s["image_proj.proj_out.weight"][0],
+        "tokens": tokens,
+        "inner": inner,
+        "layers": count(s, r"image_proj\.layers\.(\d+)\."),
+        "heads": heads,
+        "head_dim": queries // heads,
+        "expanded": s["image_proj.layers.0.1.1.weight"][0],
+    }
 
 
 def _tensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:

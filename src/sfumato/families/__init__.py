@@ -112,10 +112,9 @@ def load(
     keep, why = keeping.decide(published, dtype, memory)
     published = replace(published, keep=keep, why={**published.why, "computes in": dtype, "memory": why})
     model = replace(_build(published, display), ingredients=ingredients)
-    if additions.controlnet is not None:
-        from sfumato.families.control import attach
-
-        model = attach(model, published)
+    for path, kind in ((additions.ip_adapter, "ip_adapter"), (additions.controlnet, "control")):
+        if path is not None:
+            model = import_module(f"sfumato.families.{kind}").attach(model, published)
     return model
 
 

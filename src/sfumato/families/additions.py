@@ -1,4 +1,4 @@
-"""What is added to a published model when it is loaded: LoRAs, learned words, another autoencoder, ControlNets.
+"""What is added to a published model when it is loaded: LoRAs, learned words, other networks, ControlNets, IP-Adapters.
 
 Each is known by its content, so that a picture can say what it was made with and be made again from files that have
 moved: ``Ingredient`` is what the picture keeps.
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from sfumato.checkpoints.parts import PartOfModel
     from sfumato.checkpoints.published import Published
 
-KINDS = ("lora", "embedding", "denoiser", "vae", "controlnet")
+NETWORKS = ("denoiser", "vae", "controlnet", "ip_adapter", "image_encoder")
+KINDS = ("lora", "embedding", *NETWORKS)
 MAX_ADDITIONS = 64
 MAX_WEIGHT = 100.0
 
@@ -76,6 +77,9 @@ class Additions:
         vae: an autoencoder to use instead of the model's own.
         controlnet: a network that guides the denoiser by a control picture.
         denoiser: a denoiser to use instead of the model's own, such as a GGUF file.
+        ip_adapter: a network by which the denoiser follows a picture as it follows words.
+        image_encoder: the folder of CLIP's tower for pictures that the IP-Adapter goes with; None takes one named
+            image_encoder beside its file, or in the model's folder.
     """
 
     loras: tuple[tuple[Path, float], ...] = ()
@@ -83,9 +87,20 @@ class Additions:
     vae: Path | None = None
     controlnet: Path | None = None
     denoiser: Path | None = None
+    ip_adapter: Path | None = None
+    image_encoder: Path | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.loras or self.embeddings or self.vae or self.controlnet or self.denoiser)
+        return bool(self.loras or self.embeddings or self.networks)
+
+    @property
+    def networks(self) -> dict[str, Path]:
+        """The networks' files and folders by their kinds, the image encoder beside an IP-Adapter's file among them."""
+        found: dict[str, Path] = {kind: path for kind in NETWORKS if (path := getattr(self, kind)) is not None}
+        if self.ip_adapter is not None and self.image_encoder is None:
+            beside = self.ip_adapter.parent / "image_encoder"
+            found |= {"image_encoder": beside} if (beside / "config.json").is_file() else {}
+        return found
 
     @classmethod
     def of(
@@ -95,8 +110,12 @@ class Additions:
         vae: Location | None = None,
         controlnet: Location | None = None,
         denoiser: Location | None = None,
+        ip_adapter: Location | None = None,
+        image_encoder: Location | None = None,
     ) -> Additions:
         """Build it from paths; a LoRA alone has weight 1. Raises BadRequest for what is no path, weight or word."""
+        if image_encoder is not None and ip_adapter is None:
+            raise BadRequest("an image encoder has no effect without an IP-Adapter (--ip-adapter FILE)")
         pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
         for path, weight in pairs:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= MAX_WEIGHT:
@@ -109,16 +128,16 @@ class Additions:
         return cls(
             tuple((Path(path).expanduser(), float(weight)) for path, weight in pairs),
             {word: Path(path).expanduser() for word, path in (embeddings or {}).items()},
-            None if vae is None else Path(vae).expanduser(),
-            None if controlnet is None else Path(controlnet).expanduser(),
-            None if denoiser is None else Path(denoiser).expanduser(),
+            *(
+                None if path is None else Path(path).expanduser()
+                for path in (vae, controlnet, denoiser, ip_adapter, image_encoder)
+            ),
         )
 
     def check(self) -> None:
         """Raise BadCheckpoint for a file that is not there, without reading any."""
-        for path in (*(p for p, _ in self.loras), *self.embeddings.values(), self.denoiser, self.vae, self.controlnet):
-            if path is not None:
-                _check_there(path)
+        for path in (*(p for p, _ in self.loras), *self.embeddings.values(), *self.networks.values()):
+            _check_there(path)
 
     def ingredients(self) -> Iterator[Ingredient]:
         """What pictures keep of each file; raises BadCheckpoint for one that cannot be read."""
@@ -126,18 +145,22 @@ class Additions:
             yield Ingredient("lora", path.name, content_hash(path), weight=weight)
         for word, path in self.embeddings.items():
             yield Ingredient("embedding", path.name, content_hash(path), word=word)
-        for kind in ("denoiser", "vae", "controlnet"):
-            path: Path | None = getattr(self, kind)
-            if path is not None:
-                yield Ingredient(kind, path.name, content_hash(path))
+        for kind, path in self.networks.items():
+            yield Ingredient(kind, path.name, content_hash(path))
 
     def apply(self, model: Published, *, allow_pickle: bool = False, partial: bool = False) -> Published:
-        """The model with LoRAs, words, autoencoder and ControlNet; tensors that these leave as they are stay shared.
+        """The model with LoRAs, words and other networks; tensors that these leave as they are stay shared.
 
         Raises BadCheckpoint, naming the file, for what is none, is for another family, or matches nothing.
         """
         from sfumato.checkpoints.lora import add_loras, add_words, read_lora
-        from sfumato.checkpoints.parts import read_autoencoder, read_controlnet, read_denoiser
+        from sfumato.checkpoints.parts import (
+            read_autoencoder,
+            read_controlnet,
+            read_denoiser,
+            read_image_encoder,
+            read_ip_adapter,
+        )
 
         if self.denoiser is not None:  # LoRAs are added to it
             component = next((c for c in ("unet", "transformer") if c in model.configs), "unet")
@@ -153,6 +176,16 @@ class Additions:
             model = _with(
                 model, "controlnet", self.controlnet, read_controlnet(self.controlnet, allow_pickle=allow_pickle)
             )
+        if self.ip_adapter is not None:
+            encoder = self.networks.get("image_encoder", model.path / "image_encoder")
+            if not encoder.is_dir():
+                raise BadCheckpoint(
+                    f"{self.ip_adapter}: needs the image encoder that it was trained with: --image-encoder FOLDER"
+                )
+            adapter = read_ip_adapter(self.ip_adapter, allow_pickle=allow_pickle)
+            model = _with(model, "ip_adapter", self.ip_adapter, adapter)
+            tower = read_image_encoder(encoder, allow_pickle=allow_pickle)
+            model = _with(model, "image_encoder", encoder, tower)
         return model
 
 

@@ -11,9 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from sfumato.errors import BadCheckpoint
 from sfumato.networks.autoencoder import AutoencoderConfig, TinyAutoencoderConfig
+from sfumato.networks.clip import CLIPVisionConfig
 from sfumato.networks.controlnet import ControlNetConfig
 from sfumato.networks.dit import DiTConfig
 from sfumato.networks.flux import FluxConfig
+from sfumato.networks.ip_adapter import IPAdapterConfig
 from sfumato.networks.mmdit import MMDiTConfig
 from sfumato.networks.sd_unet import SDUNetConfig
 from sfumato.text.clip import CLIPConfig
@@ -113,6 +115,29 @@ def controlnet_config(c: Json) -> ControlNetConfig:
         unet=sd_unet_config({k: v for k, v in c.items() if k not in ("out_channels", "up_block_types")}),
         hint_channels=c.get("conditioning_channels", 3),
         hint_widths=tuple(c.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)),
+    )
+
+
+@_reader("IP-Adapter")
+def ip_adapter_config(c: Json) -> IPAdapterConfig:
+    """An IP-Adapter, from what its shapes tell."""
+    return IPAdapterConfig(**{**c, "attention": tuple((context, dim) for context, dim in c["attention"])})
+
+
+@_reader("image encoder")
+def clip_vision_config(c: Json) -> CLIPVisionConfig:
+    """CLIP's tower for pictures, from a ``CLIPVisionModelWithProjection``'s configuration."""
+    return CLIPVisionConfig(
+        dim=c.get("hidden_size", 768),
+        inner=c.get("intermediate_size", 3072),
+        layers=c.get("num_hidden_layers", 12),
+        heads=c.get("num_attention_heads", 12),
+        channels=c.get("num_channels", 3),
+        side=c.get("image_size", 224),
+        patch=c.get("patch_size", 32),
+        projection=c.get("projection_dim", 512),
+        activation=c.get("hidden_act", "quick_gelu"),
+        eps=c.get("layer_norm_eps", 1e-5),
     )
 
 

@@ -1,23 +1,27 @@
 """A ControlNet beside a model's U-Net: ``hint`` and ``hint_scale`` join what the network is told.
 
-This is the form for whatever else guides a network by a picture (an IP-Adapter's tokens, say): a module around the
-network that takes one more keyword, and ``Model.guide``, which makes that keyword's rows of a picture.
+This is the form for whatever guides a network by a picture: a network that takes more keywords, and one of
+``Model.guides``, which makes their rows of a picture.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from sfumato.checkpoints.published import Published
 from sfumato.errors import BadCheckpoint
 from sfumato.families import common
 from sfumato.families.configs import controlnet_config
-from sfumato.families.model import Conditioning, Model
+from sfumato.families.model import Conditioning, Guide, Model
 from sfumato.networks.controlnet import Controlled, ControlNet
 from sfumato.networks.sd_unet import SDUNet
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def attach(model: Model, published: Published) -> Model:
@@ -42,9 +46,11 @@ def attach(model: Model, published: Published) -> Model:
             f"{published.path}: the ControlNet reads {config.factor} pixels a cell, the autoencoder {model.factor}"
         )
     controlnet = common.build(published, "controlnet", ControlNet, config)
-    return replace(model, network=Controlled(unet, controlnet), guide=guide)
+    guides = {**model.guides, "control_image": Guide(tell, sized=True)}
+    return replace(model, network=Controlled(unet, controlnet), guides=guides)
 
 
-def guide(picture: Tensor, scale: float) -> Conditioning:
-    """One row of what the network is told by a control picture (1, 3, H, W) in [0, 1]."""
-    return {"hint": picture, "hint_scale": torch.tensor([scale])}
+def tell(picture: Image.Image, scale: float) -> Conditioning:
+    """One row of what the network is told by a control picture."""
+    hint = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
+    return {"hint": hint, "hint_scale": torch.tensor([scale])}

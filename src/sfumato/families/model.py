@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, nn
 
@@ -13,6 +13,9 @@ from sfumato.diffusion.parameterizations import Parameterization
 from sfumato.diffusion.schedules import Schedule
 from sfumato.families.additions import Ingredient
 from sfumato.text.spelling import Word
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # What a network is told besides x and the clock: keyword → tensor with the batch first.
 Conditioning: TypeAlias = Mapping[str, Tensor]
@@ -29,6 +32,19 @@ class Defaults:
     width: int = 32
     height: int = 32
     upscale: int = 1
+
+
+@dataclass(frozen=True)
+class Guide:
+    """How a network is told of a picture beside the words.
+
+    Args:
+        tell: (RGB picture, scale) → conditioning: one row, or two of which the second is for calls without the words.
+        sized: whether it wants the picture at the size that is made, and not as it is.
+    """
+
+    tell: Callable[[Image.Image, float], Conditioning]
+    sized: bool
 
 
 def _nothing(width: int, height: int, guidance: float) -> Conditioning:
@@ -55,8 +71,7 @@ class Model:
         words: prompt → its words, each with the columns of ``context`` that hold it; none where no words are told.
         decode: denoised x (B, C, H, W) → pictures (B, 3, H·factor, W·factor) in [−1, 1].
         preview: a quicker and rougher ``decode`` for steps on the way; None if the model has none.
-        guide: (control picture (1, 3, H, W) in [0, 1], scale) → one row of conditioning, for networks that follow a
-            control picture beside the words.
+        guides: how the network is told of pictures beside the words, by the request's field that holds the picture.
         encode_picture: the way back, without noise; None if the model has no encoder.
         channels, factor: shape of x: C, and pixels per side of one of its cells.
         multiple: a picture's sides must be multiples of this many pixels.
@@ -92,7 +107,7 @@ class Model:
     preview: Callable[[Tensor], Tensor] | None = None
     encode_picture: Callable[[Tensor], Tensor] | None = None
     inpaints: bool = False
-    guide: Callable[[Tensor, float], Conditioning] | None = None
+    guides: Mapping[str, Guide] = field(default_factory=dict)
     defaults: Defaults = field(default_factory=Defaults)
     card: Mapping[str, str] = field(default_factory=dict)
     ingredients: tuple[Ingredient, ...] = ()

@@ -57,7 +57,9 @@ def attends(module: nn.Module) -> bool:
     return isinstance(getattr(module, "heads", None), int) and (hasattr(module, "project") or hasattr(module, "to_q"))
 
 
-def _cross(m: Any, columns: int, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Heads | None:
+def _cross(
+    m: Any, columns: int, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, *_: Any
+) -> Heads | None:
     if context is None:
         return None  # cells among themselves
     if isinstance(m, CrossAttention):

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.sd_unet import Contraction, SDUNet, SDUNetConfig
+from sfumato.networks.sd_unet import Contraction, Prompt, SDUNet, SDUNetConfig
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,11 @@ class ControlNet(Contraction):
         ``hint`` is in [0, 1]; the rest is what the U-Net is told.
         """
         embedding = self.embed(clock, pooled, sizes, None, None)
-        h, skips = self.contract(self.conv_in(x) + self.controlnet_cond_embedding(hint), embedding, context, mask)
+        h = self.conv_in(x) + self.controlnet_cond_embedding(hint)
+        h, skips = self.contract(h, embedding, Prompt(context, mask))
         told = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
-        return [y * scale[:, None, None, None] for y in (*told, self.controlnet_mid_block(h))]
+        scale = scale.to(h.dtype)[:, None, None, None]
+        return [y * scale for y in (*told, self.controlnet_mid_block(h))]
 
 
 class Controlled(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from sfumato.networks.blocks import (
     Perceptron,
     ProjectedFeedForward,
     Upsample,
+    attend,
     sinusoids,
 )
 
@@ -75,6 +77,54 @@ class SDUNetConfig:
                 raise ValueError(f"width {width} is not a multiple of {heads} heads")
 
 
+class Prompt(NamedTuple):
+    """What the cells attend to besides each other.
+
+    Args:
+        context: the words (B, M, D), and ``mask`` (B, M), true at real ones.
+        tokens: a picture's tokens (B, K, D), and how closely to follow them, ``scale`` (B,).
+    """
+
+    context: Tensor
+    mask: Tensor | None = None
+    tokens: Tensor | None = None
+    scale: Tensor | None = None
+
+
+class PictureKeys(nn.Module):
+    """An IP-Adapter's keys and values of a picture's tokens (B, K, D) for one layer, named as its files have them."""
+
+    def __init__(self, context_dim: int, dim: int):
+        super().__init__()
+        self.to_k_ip = nn.Linear(context_dim, dim, bias=False)
+        self.to_v_ip = nn.Linear(context_dim, dim, bias=False)
+
+
+class PromptAttention(CrossAttention):
+    """Attention to words and, where an IP-Adapter is attached as ``picture``, beside it to a picture's tokens."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int):
+        super().__init__(dim, heads, context_dim)
+        self.picture: PictureKeys | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """out(attention to words + scale · attention to the picture) (2308.06721, equation 5): (B, N, D) → the same."""
+        if self.picture is None or tokens is None or scale is None:
+            return super().forward(x, context, mask)
+        assert context is not None
+        q, bias = self.to_q(x), None if mask is None else mask[:, None, None, :]
+        words = attend(q, self.to_k(context), self.to_v(context), self.heads, bias)
+        seen = attend(q, self.picture.to_k_ip(tokens), self.picture.to_v_ip(tokens), self.heads)
+        return self.to_out[0](words + scale.to(seen.dtype)[:, None, None] * seen)
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the words, feed-forward: (B, N, D) → (B, N, D)."""
 
@@ -83,13 +133,13 @@ class TransformerBlock(nn.Module):
         self.self_attention = self_attention
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.attn1 = CrossAttention(dim, heads, None if self_attention else context_dim)
-        self.attn2 = CrossAttention(dim, heads, context_dim)
+        self.attn2 = PromptAttention(dim, heads, context_dim)
         self.ff = ProjectedFeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
         """Apply to the cells x under the words."""
-        x = x + self.attn1(self.norm1(x), *(() if self.self_attention else (context, mask)))
-        x = x + self.attn2(self.norm2(x), context, mask)
+        x = x + self.attn1(self.norm1(x), *(() if self.self_attention else (prompt.context, prompt.mask)))
+        x = x + self.attn2(self.norm2(x), *prompt)
         return x + self.ff(self.norm3(x))
 
 
@@ -108,7 +158,7 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
         """Apply to x under the words."""
         y = self.norm(x)
         if not self.linear:
@@ -117,7 +167,7 @@ class Transformer(nn.Module):
         if self.linear:
             y = self.proj_in(y)
         for block in self.transformer_blocks:
-            y = block(y, context, mask)
+            y = block(y, prompt)
         if self.linear:
             y = self.proj_out(y)
         y = y.transpose(1, 2).unflatten(2, x.shape[-2:])
@@ -149,10 +199,10 @@ class Level(nn.Module):
         if up:
             self.upsamplers = nn.ModuleList([Upsample(width)])
 
-    def apply_block(self, i: int, x: Tensor, embedding: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def apply_block(self, i: int, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
         """Apply residual block i and the attention after it."""
         x = self.resnets[i](x, embedding)
-        return self.attentions[i](x, context, mask) if hasattr(self, "attentions") else x
+        return self.attentions[i](x, prompt) if hasattr(self, "attentions") else x
 
 
 class Middle(nn.Module):
@@ -170,11 +220,11 @@ class Middle(nn.Module):
                 [Transformer(width, config.depth_middle, config.heads[-1], config.context_dim[-1], True, config)]
             )
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
         """(B, C, H, W) → the same shape."""
         x = self.resnets[0](x, embedding)
         if hasattr(self, "attentions"):
-            x = self.resnets[1](self.attentions[0](x, context, mask), embedding)
+            x = self.resnets[1](self.attentions[0](x, prompt), embedding)
         return x
 
 
@@ -201,20 +251,18 @@ class Contraction(nn.Module):
             self.skip_widths += [width] * (c.blocks[i] + (i < last))
         self.mid_block = Middle(embedding, c) if c.middle else None
 
-    def contract(
-        self, h: Tensor, embedding: Tensor, context: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def contract(self, h: Tensor, embedding: Tensor, prompt: Prompt) -> tuple[Tensor, list[Tensor]]:
         """From what ``conv_in`` gave to the middle's output and all skip connections, in order of making."""
         skips = [h]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                h = level.apply_block(i, h, embedding, context, mask)
+                h = level.apply_block(i, h, embedding, prompt)
                 skips.append(h)
             if hasattr(level, "downsamplers"):
                 h = level.downsamplers[0](h)
                 skips.append(h)
         if self.mid_block is not None:
-            h = self.mid_block(h, embedding, context, mask)
+            h = self.mid_block(h, embedding, prompt)
         return h, skips
 
     def embed(
@@ -272,6 +320,8 @@ class SDUNet(Contraction):
         guidance: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
         picture: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        image_scale: Tensor | None = None,
     ) -> Tensor:
         """Return the network's output (B, C_out, H, W); its meaning is the parameterization's affair.
 
@@ -283,16 +333,19 @@ class SDUNet(Contraction):
             guidance: embedded guidance scale (B, guidance_dim), for networks distilled with it.
             control: one tensor to add to each skip connection, in order of making, and one to the middle.
             picture: for networks that inpaint, the mask and the masked picture's latents (B, 1 + C, H, W).
+            image_tokens, image_scale: with an IP-Adapter, a picture's tokens (B, K, D) and how closely to follow them
+                (B,).
         """
         embedding = self.embed(clock, pooled, sizes, classes, guidance)
         noisy = x if picture is None else torch.cat([x, picture], dim=1)
-        h, skips = self.contract(self.conv_in(noisy), embedding, context, mask)
+        prompt = Prompt(context, mask, image_tokens, image_scale)
+        h, skips = self.contract(self.conv_in(noisy), embedding, prompt)
         if control is not None:
             skips = [a + b for a, b in zip(skips, control[:-1], strict=True)]
             h = h + control[-1]
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                h = level.apply_block(i, torch.cat([h, skips.pop()], dim=1), embedding, context, mask)
+                h = level.apply_block(i, torch.cat([h, skips.pop()], dim=1), embedding, prompt)
             if hasattr(level, "upsamplers"):
                 h = level.upsamplers[0](h, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(h)))

@@ -39,9 +39,10 @@ from sfumato.families.additions import Lora
 from sfumato.families.model import Conditioning, Model
 from sfumato.networks.stored import in_dtype
 from sfumato.pipeline.canvas import Canvas, canvas_of, cover
+from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture, Pixels
-from sfumato.pipeline.request import Request
+from sfumato.pipeline.request import GUIDES, Request
 from sfumato.pipeline.tiles import tiled
 from sfumato.pixels import eight_bits, signed
 
@@ -251,12 +252,17 @@ class Pipeline:
         told = dict(self.model.situate(*size, request.guidance))
         if self.model.inpaints:
             told["picture"] = self._told(size, scene)
-        if request.control_image is not None and self.model.guide is not None and request.control_scale is not None:
-            picture = np.array(cover(request.control_image.image("control_image").convert("RGB"), size))
-            hint = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-            told |= self.model.guide(hint, request.control_scale)
-        for key, value in told.items():
-            words[key] = value.to(self.device).expand(rows, *value.shape[1:])
+        for name, (scale, _) in GUIDES.items():
+            picture: PictureFile | None = getattr(request, name)
+            if picture is not None:
+                guide, image = self.model.guides[name], picture.image(name).convert("RGB")
+                told |= guide.tell(cover(image, size) if guide.sized else image, getattr(request, scale))
+        for key, value in told.items():  # one row, or two of which the second goes without the words
+            with_words, without = (
+                part.to(self.device).expand(n, *value.shape[1:])
+                for part, n in ((value[:1], wanted), (value[-1:], rows - wanted))
+            )
+            words[key] = torch.cat([with_words, without])
 
         def predict(x: Tensor, level: NoiseLevel, rows: int) -> list[Prediction]:
             """The predictions for x under each of the first rows of words, from one batch."""
@@ -371,6 +377,8 @@ def load(
     vae: str | os.PathLike[str] | None = None,
     controlnet: str | os.PathLike[str] | None = None,
     denoiser: str | os.PathLike[str] | None = None,
+    ip_adapter: str | os.PathLike[str] | None = None,
+    image_encoder: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
     partial: bool = False,
@@ -386,6 +394,9 @@ def load(
         vae: an autoencoder to use instead of the model's own.
         controlnet: a network that guides a U-Net by a request's ``control_image``.
         denoiser: a denoiser to use instead of the model's own, such as a GGUF file.
+        ip_adapter: a network by which a U-Net follows a request's ``image_prompt`` as it follows words.
+        image_encoder: the folder of the IP-Adapter's image encoder; None takes the one named image_encoder beside its
+            file, or in the model's folder.
         variant: which files of a folder to take, such as "fp16".
         allow_pickle: read .ckpt, .pt and .bin files too, in a child process that may build tensors alone.
         partial: let missing, extra and misshaped tensors pass; the model's card tells which.
@@ -398,7 +409,7 @@ def load(
     from sfumato import families
 
     name = None if path_or_name is None else os.fspath(path_or_name)
-    additions = families.Additions.of(loras, embeddings, vae, controlnet, denoiser)
+    additions = families.Additions.of(loras, embeddings, vae, controlnet, denoiser, ip_adapter, image_encoder)
     how = {"variant": variant, "allow_pickle": allow_pickle, "partial": partial, "dtype": dtype, "memory": memory}
     return Pipeline(families.load(name, additions, **how), batch)
 

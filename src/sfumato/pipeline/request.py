@@ -33,6 +33,11 @@ NEEDS = {  # settings that would be ignored without another
     "mix": "prompt_to",
     "hires_strength": "hires",
     "control_scale": "control_image",
+    "image_prompt_scale": "image_prompt",
+}
+GUIDES = {  # pictures that a network is told of: their scales, and what a model needs to follow them
+    "control_image": ("control_scale", "a ControlNet (--control FILE)"),
+    "image_prompt": ("image_prompt_scale", "an IP-Adapter (--ip-adapter FILE)"),
 }
 
 
@@ -99,6 +104,12 @@ class Request:
         None, "picture that the model's ControlNet follows: edges, depth, a pose", "PICTURE", "--control-image"
     )
     control_scale: float | None = _setting(None, "how closely to follow it (default: 1)", "F", "--control-scale")
+    image_prompt: PictureFile | None = _setting(
+        None, "picture that the model's IP-Adapter follows as it follows words", "PICTURE", "--image-prompt"
+    )
+    image_prompt_scale: float | None = _setting(
+        None, "how closely to follow it (default: 1)", "F", "--image-prompt-scale"
+    )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Request:
@@ -171,6 +182,10 @@ class Request:
             upscale=_given(self.upscale, _upscale),
             control_image=_given(self.control_image, lambda v: PictureFile.of("control_image", v)),
             control_scale=_given(self.control_scale, lambda v: _real("control_scale", v, 0.0, MAX_CONTROL)),
+            image_prompt=_given(self.image_prompt, lambda v: PictureFile.of("image_prompt", v)),
+            image_prompt_scale=_given(
+                self.image_prompt_scale, lambda v: _real("image_prompt_scale", v, 0.0, MAX_CONTROL)
+            ),
         )
         for name, needed in NEEDS.items():
             if getattr(request, name) is not None and not getattr(request, needed):
@@ -218,9 +233,11 @@ class Request:
             hires_strength=HIRES_STRENGTH
             if asked.hires_strength is None and asked.hires is not None
             else asked.hires_strength,
-            control_scale=1.0
-            if asked.control_scale is None and asked.control_image is not None
-            else asked.control_scale,
+            **{
+                scale: 1.0
+                for name, (scale, _) in GUIDES.items()
+                if getattr(asked, name) is not None and getattr(asked, scale) is None
+            },
         ).checked()
         _check_size(*request.size, model)
         if request.hires is not None:
@@ -279,10 +296,9 @@ def _check_effect(request: Request, model: Model) -> None:
             if getattr(request, name):
                 where = f"with model {model.name!r}" if model.distilled else "at guidance 1"
                 raise BadRequest(f"{name} has no effect {where}: leave it out")
-    if request.control_image is not None and model.guide is None:
-        raise BadRequest(
-            f"control_image has no effect: model {model.name!r} was loaded without a ControlNet (--control FILE)"
-        )
+    for name, (_, needed) in GUIDES.items():
+        if getattr(request, name) is not None and name not in model.guides:
+            raise BadRequest(f"{name} has no effect: model {model.name!r} was loaded without {needed}")
     if request.eta is not None and "eta" not in find_sampler(str(request.sampler)).settings:
         raise BadRequest(f"sampler {request.sampler!r} takes no eta; ddim does")
 
