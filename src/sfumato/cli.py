@@ -27,8 +27,9 @@ from sfumato.pipeline.request import MAX_PICTURES, Request
 if TYPE_CHECKING:
     from sfumato.checkpoints.tensors import Header
     from sfumato.families.additions import Additions, Ingredient
-    from sfumato.pipeline.picture import Picture, Pixels
+    from sfumato.pipeline.picture import Picture
     from sfumato.pipeline.pipeline import Pipeline
+    from sfumato.pixels import Pixels
 
 FORWARDED = {  # command → module whose ``main(argv) -> int`` reads the command's own flags
     "train": ("sfumato.training.cli", "train a model by a recipe, or on a folder of pictures"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, 3)
 
 
 def signed(pixels: Tensor) -> Tensor:

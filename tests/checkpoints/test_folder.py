@@ -52,6 +52,31 @@ def test_shards_are_one(folder: Path, variant: str) -> None:
     assert all(torch.equal(parts[k], whole[k]) for k in whole)
 
 
+@pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "pytorch_model"])
+def test_pickles_in_one_file_or_shards_are_read_if_allowed(folder: Path, stem: str) -> None:
+    whole = {k: t.clone() for k, t in read_folder(folder).tensors["unet"].items()}
+    unet = folder / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(whole, unet / f"{stem}.bin")
+    with pytest.raises(BadCheckpoint, match="allow it with --allow-pickle"):
+        read_folder(folder)
+    single = read_folder(folder, allow_pickle=True).tensors["unet"]
+    (unet / f"{stem}.bin").unlink()
+    names = {key: f"{stem}-0000{i}-of-00002.bin" for i, key in enumerate(sorted(whole), 1)}
+    for key, name in names.items():
+        torch.save({key: whole[key]}, unet / name)
+    (unet / f"{stem}.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(BadCheckpoint, match="allow it with --allow-pickle"):
+        read_folder(folder)
+    shards = read_folder(folder, allow_pickle=True).tensors["unet"]
+    for found in (single, shards):
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[k], whole[k]) for k in whole)
+    (unet / names["a.bias"]).unlink()
+    with pytest.raises(BadCheckpoint, match="which is not there"):
+        read_folder(folder, allow_pickle=True)
+
+
 def test_a_variant_is_taken_if_asked_for_or_alone(folder: Path) -> None:
     unet = folder / "unet"
     half = {"a.weight": torch.zeros(3, 4).half(), "a.bias": torch.zeros(3).half()}

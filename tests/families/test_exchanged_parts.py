@@ -149,6 +149,32 @@ def test_a_whole_model_in_gguf_is_its_dequantized_self(folder: Path, tmp_path: P
     assert 0 < np.abs(quantized - picture(folder, side)).max() < 40
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_files_of_eight_bit_floats_are_their_widened_selves(
+    dtype: torch.dtype, folder: Path, tmp_path: Path, pipe: Any
+) -> None:
+    raw = load_file(convert(folder, tmp_path / "model.safetensors"))
+    small = {k: t.to(dtype) if t.ndim > 1 else t for k, t in raw.items()}
+    wide = {k: t.float() for k, t in small.items()}
+    save_file(small, tmp_path / "small.safetensors")
+    save_file(wide, tmp_path / "wide.safetensors")
+    side, prefix = 8 * pipe.vae_scale_factor, "model.diffusion_model."
+    expected = picture(tmp_path / "wide.safetensors", side)
+    assert np.array_equal(picture(tmp_path / "small.safetensors", side), expected)
+    for name, tensors in (("small", small), ("wide", wide)):
+        save_file({k: t for k, t in tensors.items() if k.startswith(prefix)}, tmp_path / f"{name}-unet.safetensors")
+    parts = [picture(folder, side, denoiser=tmp_path / f"{name}-unet.safetensors") for name in ("small", "wide")]
+    assert np.array_equal(*parts)
+    low = sfumato.load(folder, denoiser=tmp_path / "small-unet.safetensors", memory="low")
+    [again] = low.generate("a fox", **SETTINGS, seed=5, width=side, height=side)
+    assert np.array_equal(again.pixels, parts[0])
+    first = f"{prefix}input_blocks.0.0.weight"
+    small[first] = (raw[first] * torch.nan).to(dtype)
+    save_file({k: t for k, t in small.items() if k.startswith(prefix)}, tmp_path / "nan.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"NaN or infinity in conv_in\.weight"):
+        sfumato.load(folder, denoiser=tmp_path / "nan.safetensors")
+
+
 def test_dit_as_its_makers_publish_it(tmp_path: Path) -> None:
     make("dit", 0).save_pretrained(tmp_path / "model")
     model = read_folder(tmp_path / "model")

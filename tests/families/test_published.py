@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from published import make, their_picture
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from published import make, shaken, their_picture
 from safetensors.torch import load_file, save_file
 
 import sfumato
@@ -169,6 +169,31 @@ def test_pictures_of_classes_equal_diffusers(seed: int, tmp_path: Path, monkeypa
     assert all(np.array_equal(p, pictures[0]) for p in pictures)
     with pytest.raises(BadRequest, match="red fox"):
         ours.generate("red fix", **request)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_networks_distilled_with_guidance_are_told_its_scale(family: str, tmp_path: Path) -> None:
+    theirs = make(family, 1)
+    torch.manual_seed(2)
+    theirs.unet = shaken(UNet2DConditionModel(**{**theirs.unet.config, "time_cond_proj_dim": 10}))
+    theirs.save_pretrained(tmp_path / "model")
+    ours = sfumato.load(tmp_path / "model")
+    assert (ours.model.defaults.sampler, ours.model.distilled) == ("lcm", True)
+    factor = ours.model.factor
+    request: dict[str, Any] = {**SETTINGS, "seed": 3, "width": 8 * factor, "height": 8 * factor}
+    scales = []
+    for guidance in (4.0, 8.0):
+        [picture] = ours.generate(PROMPT, **(request | {"guidance": guidance}))
+        asked = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": guidance}
+        expected = their_picture(theirs, 3, 4, 8 * factor, factor, **asked)
+        assert np.abs(picture.pixels.astype(int) - expected).max() <= 2
+        scales.append(picture.pixels)
+    assert not np.array_equal(*scales)
+    file = convert(tmp_path / "model", tmp_path / "model.safetensors")
+    [again] = sfumato.load(file).generate(PROMPT, **(request | {"guidance": 8.0}))
+    assert np.array_equal(again.pixels, scales[1])
+    with pytest.raises(BadRequest, match="negative has no effect"):
+        ours.generate(PROMPT, **(request | {"negative": "blurry"}))
 
 
 class Echo(torch.nn.Module):

@@ -75,6 +75,7 @@ def test_damaged_metadata_are_refused(stated: str, single: Path, tmp_path: Path)
     [
         ("unet", {"act_fn": "mish"}, "act_fn 'mish' is not supported"),
         ("unet", {"block_out_channels": "wide"}, "cannot be followed"),
+        ("unet", {"num_class_embeds": 10}, "told one of 10 classes"),
         ("unet", {"block_out_channels": [96, 96]}, "misshaped"),
         ("unet", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
         ("vae", {"latent_channels": 5}, "vae"),

@@ -33,9 +33,8 @@ from sfumato.errors import BadCheckpoint, NoResources
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}"
 _SHARD = re.compile(r"-?\d{5}-of-\d{5}")
-_PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")  # as folders of old have them
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
@@ -100,10 +99,12 @@ def weight_files(folder: Path, variant: str | None = None, *, allow_pickle: bool
             if (folder / index).is_file():
                 return _shards(folder / index)
     others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".msgpack")]
-    if allow_pickle:
-        for name in _PICKLES:
-            if (folder / name).is_file():
-                return [folder / name]
+    if allow_pickle:  # as folders of old have them
+        for single, index in variant_names(variant, "bin"):
+            if (folder / single).is_file():
+                return [folder / single]
+            if (folder / index).is_file():
+                return _shards(folder / index, "bin")
     if variant is not None:
         raise BadCheckpoint(f"{folder}: has no safetensors of the variant {variant!r}")
     if others:
@@ -114,11 +115,11 @@ def weight_files(folder: Path, variant: str | None = None, *, allow_pickle: bool
     raise BadCheckpoint(f"{folder}: holds no safetensors file with weights")
 
 
-def variant_names(variant: str | None) -> list[tuple[str, str]]:
+def variant_names(variant: str | None, form: str = "safetensors") -> list[tuple[str, str]]:
     """The names that a component's weights may have: of one file, and of the index of several."""
     mark = "" if variant is None else f".{variant}"
-    stems = ("diffusion_pytorch_model", "model")
-    return [(f"{stem}{mark}.safetensors", f"{stem}.safetensors.index{mark}.json") for stem in stems]
+    stems = ("diffusion_pytorch_model", "pytorch_model" if form == "bin" else "model")
+    return [(f"{stem}{mark}.{form}", f"{stem}.{form}.index{mark}.json") for stem in stems]
 
 
 def _variants(folder: Path) -> list[str]:
@@ -132,14 +133,14 @@ def _variants(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _shards(index: Path) -> list[Path]:
+def _shards(index: Path, form: str = "safetensors") -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadCheckpoint(f"{index}: holds no weight_map")
     names = sorted({str(v) for v in weight_map.values()})
     for name in names:
-        if not _PLAIN_NAME.fullmatch(name):
-            raise BadCheckpoint(f"{index}: names {name[:80]!r}, which is no plain safetensors file beside it")
+        if not re.fullmatch(rf"{_PLAIN_NAME}\.{form}", name):
+            raise BadCheckpoint(f"{index}: names {name[:80]!r}, which is no plain {form} file beside it")
         if not (index.parent / name).is_file():
             raise BadCheckpoint(f"{index}: names {name}, which is not there: fetch it, or fetch the whole folder anew")
     return [index.parent / name for name in names]

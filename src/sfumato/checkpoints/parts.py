@@ -32,6 +32,7 @@ from sfumato.checkpoints.single_file import (
     count,
     describe_autoencoder,
     describe_foreign,
+    describe_kl,
     describe_unet,
     ignored,
 )
@@ -81,7 +82,12 @@ def read_autoencoder(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
             config = describe_autoencoder(shapes)
             return _renamed(path, "an autoencoder", config, raw, list(keymaps.autoencoder(config)))
         if "encoder.down_blocks.0.resnets.0.conv1.weight" in raw:
-            return PartOfModel(_describe_kl(shapes), tidy("vae", raw), (path,))
+            raw = tidy("vae", raw)
+            named = describe_kl(
+                {k: tuple(t.shape) for k, t in raw.items()},
+                "encoder.down_blocks", "resnets", "encoder.mid_block.attentions.0.to_q.weight",
+            )  # fmt: skip
+            return PartOfModel(named, raw, (path,))
         if (tiny := _tiny(raw)) is not None:
             shapes = {k: tuple(t.shape) for k, t in tiny.items()}
             return PartOfModel(_describe_tiny(shapes), tiny, (path,))
@@ -237,23 +243,6 @@ def _control(unet: Mapping[str, Any], widths: list[int], channels: int) -> dict[
         "conditioning_embedding_out_channels": widths,
         "conditioning_channels": channels,
         "read from shapes": True,
-    }
-
-
-def _describe_kl(s: Shapes) -> dict[str, Any]:
-    n = count(s, r"encoder\.down_blocks\.(\d+)\.")
-    widths = [s[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(n)]
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": s["encoder.conv_in.weight"][1],
-        "out_channels": s["decoder.conv_out.weight"][0],
-        "latent_channels": s["decoder.conv_in.weight"][1],
-        "block_out_channels": widths,
-        "layers_per_block": count(s, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "norm_num_groups": math.gcd(32, *widths),
-        "use_quant_conv": "quant_conv.weight" in s,
-        "use_post_quant_conv": "post_quant_conv.weight" in s,
-        "mid_block_add_attention": any(k.startswith("encoder.mid_block.attentions.0.") for k in s),
     }
 
 

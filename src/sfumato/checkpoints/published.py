@@ -76,6 +76,12 @@ class Published:
     reports: dict[str, LoadReport] = field(default_factory=dict, compare=False)
     keep: Keep = field(default_factory=lambda: Keep())
 
+    def config(self, component: str) -> Json:
+        """A component's configuration; BadCheckpoint if the model has no such component."""
+        if component not in self.configs:
+            raise BadCheckpoint(f"{self.path}: has no {component}, which its family needs")
+        return self.configs[component]
+
     @property
     def size(self) -> int:
         """Bytes of the files that hold the tensors."""

@@ -115,7 +115,7 @@ def read_single_file(
         used |= {p.theirs for p in places}
     left = sorted(name for name in raw if name not in used and not ignored(name))
     if layout.family == "sd2":  # the last layer, whose output this family does not use
-        layers = configs["text_encoder"]["num_hidden_layers"]
+        layers = configs["text_encoder"].get("num_hidden_layers", 12)
         left = [name for name in left if f".transformer.resblocks.{layers}." not in name]
     if left and partial:
         why["left out"] = f"{len(left)} tensors without a place: {', '.join(left[:5])}{', …' if len(left) > 5 else ''}"
@@ -287,8 +287,18 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
 
 def describe_autoencoder(s: Shapes) -> dict[str, Any]:
     """Latent diffusion's KL autoencoder, but for the scale of its latents."""
-    n = count(s, r"encoder\.down\.(\d+)\.")
-    widths = [s[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(n)]
+    return describe_kl(s, "encoder.down", "block", "encoder.mid.attn_1.q.weight")
+
+
+def describe_kl(s: Shapes, levels: str, blocks: str, attention: str) -> dict[str, Any]:
+    """The KL autoencoder's configuration, but for the scale of its latents.
+
+    Args:
+        levels, blocks: names of the encoder's resolutions, and of the residual blocks in each.
+        attention: a name that there is with attention in the middle.
+    """
+    n = count(s, rf"{re.escape(levels)}\.(\d+)\.")
+    widths = [s[f"{levels}.{i}.{blocks}.0.conv1.weight"][0] for i in range(n)]
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": s["encoder.conv_in.weight"][1],
@@ -297,11 +307,11 @@ def describe_autoencoder(s: Shapes) -> dict[str, Any]:
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * n,
         "up_block_types": ["UpDecoderBlock2D"] * n,
-        "layers_per_block": count(s, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count(s, rf"{re.escape(levels)}\.0\.{blocks}\.(\d+)\."),
         "norm_num_groups": math.gcd(32, *widths),
         "use_quant_conv": "quant_conv.weight" in s,
         "use_post_quant_conv": "post_quant_conv.weight" in s,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in s,
+        "mid_block_add_attention": attention in s,
         "sample_size": 512,
     }
 

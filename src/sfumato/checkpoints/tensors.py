@@ -147,7 +147,13 @@ def read_tensors(path: str | os.PathLike[str], device: str = "cpu") -> dict[str,
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the tensors that hold NaN or infinity."""
-    return [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    import torch
+
+    def wide(t: Tensor) -> Tensor:  # torch knows no such question to types of 8 bits
+        return t.float() if t.itemsize == 1 else t
+
+    numbers = {k: t for k, t in tensors.items() if t.is_floating_point()}
+    return [k for k, t in numbers.items() if not torch.isfinite(wide(t)).all()]
 
 
 def load_into(

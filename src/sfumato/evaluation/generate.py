@@ -13,9 +13,10 @@ from torch import Tensor
 from sfumato.errors import BadRequest
 from sfumato.evaluation.cache import Cache, content_hash
 from sfumato.pipeline.lockstep import Lockstep
-from sfumato.pipeline.picture import Picture, Pixels
+from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
+from sfumato.pixels import Pixels
 
 PART = 16  # pictures kept at a time
 

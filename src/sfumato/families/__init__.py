@@ -197,3 +197,7 @@ def _build(published: Published, name: str) -> Model:
     except BadCheckpoint as e:
         where = f"{published.path}: "
         raise BadCheckpoint(str(e) if str(e).startswith(where) else f"{where}{e}") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as e:
+        raise BadCheckpoint(
+            f"{published.path}: its configuration cannot be followed: {type(e).__name__}: {str(e)[:200]}"
+        ) from e

@@ -19,10 +19,18 @@ from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
 from sfumato.diffusion.schedules import Discrete, from_betas, linear, scaled_linear
 from sfumato.errors import BadCheckpoint
-from sfumato.families.configs import autoencoder_config, clip_config, t5_config, tiny_autoencoder_config
-from sfumato.families.model import Model
+from sfumato.families.configs import (
+    autoencoder_config,
+    clip_config,
+    sd_unet_config,
+    t5_config,
+    tiny_autoencoder_config,
+)
+from sfumato.families.model import Defaults, Model
 from sfumato.networks.autoencoder import AnyAutoencoder, Autoencoder, Halves, TinyAutoencoder
+from sfumato.networks.blocks import sinusoids
 from sfumato.networks.compact import CompactAutoencoder
+from sfumato.networks.sd_unet import SDUNet
 from sfumato.networks.stored import Mappings, in_dtype, keeper
 from sfumato.text.clip import CLIPText
 from sfumato.text.prompt import chunks, grid, spell_prompt, weigh
@@ -95,6 +103,35 @@ def build(
     return module.eval().requires_grad_(False)
 
 
+def unet(model: Published) -> SDUNet:
+    """Build the model's U-Net; BadCheckpoint also for one that wants to be told what no recipe here tells it."""
+    config = sd_unet_config(model.config("unet"))
+    if config.classes:
+        raise BadCheckpoint(
+            f"{model.path}: its U-Net is told one of {config.classes} classes (num_class_embeds), as enlarging "
+            "models are: not supported"
+        )
+    return build(model, "unet", SDUNet, config)
+
+
+def embedded_guidance(network: SDUNet, guidance: float) -> dict[str, Tensor]:
+    """What a network distilled with guidance is told of its scale (2310.04378, section 4.1), one row.
+
+    The numbers are sines and cosines of 1000·(scale − 1), as with the published files; other networks are told nothing.
+    """
+    dim = network.config.guidance_dim
+    return {"guidance": sinusoids(row([1000 * (guidance - 1)])[0], dim, 1.0, sines_first=True)} if dim else {}
+
+
+def usual_unet(scheduler: Json, network: SDUNet, steps: int, guidance: float, side: int) -> Defaults:
+    """The settings of a request that names none, for a U-Net; fewer steps for those distilled to few."""
+    if network.config.guidance_dim:
+        return Defaults("lcm", "trailing", 4, 8.5, side, side)
+    if few_steps(scheduler):
+        return Defaults("euler", "trailing", 1, 1.0, side, side)
+    return Defaults("dpmpp-2m", usual_spacing(scheduler), steps, guidance, side, side)
+
+
 def autoencoder(model: Published) -> AnyAutoencoder:
     """Build the model's autoencoder, the KL one or the tiny one, with another one's decoder if it has that too."""
     own = _autoencoder(model, "vae")
@@ -107,7 +144,7 @@ def autoencoder(model: Published) -> AnyAutoencoder:
 
 
 def _autoencoder(model: Published, component: str) -> Autoencoder | TinyAutoencoder:
-    return build(model, component, *autoencoder_of(model.configs[component]), torch.float32)
+    return build(model, component, *autoencoder_of(model.config(component)), torch.float32)
 
 
 def autoencoder_of(config: Json) -> tuple[Callable[[Any], Autoencoder | TinyAutoencoder], Any]:
@@ -163,7 +200,7 @@ class Tower:
 
 def tower(model: Published, component: str, tokenizer: str, projected: bool, pad: int | None = None) -> Tower:
     """Build a CLIP tower and its tokenizer; BadCheckpoint if the one has more words than the other."""
-    config = clip_config(model.configs[component], projected)
+    config = clip_config(model.config(component), projected)
     try:
         words = clip_words(model.tokenizers.get(tokenizer, {}), config.positions, pad)
     except BadCheckpoint as e:
@@ -201,7 +238,7 @@ def t5(model: Published, component: str, tokenizer: str, length: int) -> LongTow
         words = t5_words(model.tokenizers[tokenizer], length)
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{model.path}: {tokenizer}: {e}") from None
-    config = t5_config(model.configs[component])
+    config = t5_config(model.config(component))
     _check_vocabulary(model, component, words, config.vocabulary)
     return LongTower(build(model, component, T5Encoder, config), words)
 

@@ -79,7 +79,7 @@ def _with_tokenizers(model: Published) -> Published:
         pad = "!" if model.configs[component].get("hidden_act") == "gelu" else END  # as each was trained
         settings = {
             "tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END, "unk_token": END,
-            "pad_token": pad, "model_max_length": model.configs[component]["max_position_embeddings"],
+            "pad_token": pad, "model_max_length": model.configs[component].get("max_position_embeddings", 77),
         }  # fmt: skip
         own |= {
             "vocab.json": json.dumps(clip_vocabulary(packaged_pairs()), ensure_ascii=False),

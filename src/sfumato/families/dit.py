@@ -52,7 +52,7 @@ def load(model: Published, name: str) -> Model:
     vae = common.autoencoder(model)
     common.check_latents(model, config.in_channels, vae)
     meaning, why = common.parameterization(scheduler)
-    names = class_names(model.configs[""].get("id2label", {}))
+    names = class_names(model.configs.get("", {}).get("id2label", {}))
 
     def encode(prompts: list[str]) -> dict[str, Tensor]:
         return {"classes": torch.tensor([class_of(p, names, config.classes) for p in prompts])}

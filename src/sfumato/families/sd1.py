@@ -13,9 +13,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.published import Json, Published
 from sfumato.families import common
-from sfumato.families.configs import sd_unet_config
-from sfumato.families.model import Defaults, Model
-from sfumato.networks.sd_unet import SDUNet
+from sfumato.families.model import Model
 
 FAMILY = "sd1"
 
@@ -33,11 +31,10 @@ def recognize(configs: dict[str, Json]) -> str | None:
 def load(model: Published, name: str) -> Model:
     """Build the model; BadCheckpoint where its parts do not fit."""
     scheduler = model.configs.get("scheduler", {})
-    config = sd_unet_config(model.configs["unet"])
-    network = common.build(model, "unet", SDUNet, config)
+    network = common.unet(model)
     tower = common.tower(model, "text_encoder", "tokenizer", projected=False)
     vae = common.autoencoder(model)
-    inpaints = common.inpaints(model, config.in_channels, vae)
+    inpaints = common.inpaints(model, network.config.in_channels, vae)
     meaning, why = common.parameterization(scheduler)
 
     def encode(prompts: list[str]) -> dict[str, Tensor]:
@@ -57,6 +54,8 @@ def load(model: Published, name: str) -> Model:
         parameterization=meaning,
         inpaints=inpaints,
         max_pixels=1 << 22,
+        situate=lambda width, height, guidance: common.embedded_guidance(network, guidance),
+        distilled=network.config.guidance_dim > 0,
         spacings=common.spacings(scheduler),
-        defaults=Defaults("dpmpp-2m", common.usual_spacing(scheduler), 25, 7.5, side, side),
+        defaults=common.usual_unet(scheduler, network, 25, 7.5, side),
     )

@@ -16,17 +16,14 @@ from torch import Tensor
 
 from sfumato.checkpoints.published import Json, Published
 from sfumato.families import common
-from sfumato.families.configs import sd_unet_config
-from sfumato.families.model import Defaults, Model
-from sfumato.networks.sd_unet import SDUNet
+from sfumato.families.model import Model
 
 FAMILY = "sdxl"
 
 
 def recognize(configs: dict[str, Json]) -> str | None:
     """Say why these configurations are of this family, or None."""
-    unet = configs.get("unet", {})
-    if "text_encoder" in configs and "text_encoder_2" in configs and unet.get("addition_embed_type") == "text_time":
+    if configs.get("unet", {}).get("addition_embed_type") == "text_time":
         return "a U-Net that is told sizes, under two CLIP towers"
     return None
 
@@ -34,14 +31,13 @@ def recognize(configs: dict[str, Json]) -> str | None:
 def load(model: Published, name: str) -> Model:
     """Build the model; BadCheckpoint where its parts do not fit."""
     scheduler = model.configs.get("scheduler", {})
-    config = sd_unet_config(model.configs["unet"])
-    network = common.build(model, "unet", SDUNet, config)
+    network = common.unet(model)
     first = common.tower(model, "text_encoder", "tokenizer", projected=False)
     second = common.tower(model, "text_encoder_2", "tokenizer_2", projected=True, pad=0)
     vae = common.autoencoder(model)
-    inpaints = common.inpaints(model, config.in_channels, vae)
+    inpaints = common.inpaints(model, network.config.in_channels, vae)
     meaning, why = common.parameterization(scheduler)
-    zeros = bool(model.configs[""].get("force_zeros_for_empty_prompt", True))
+    zeros = bool(model.configs.get("", {}).get("force_zeros_for_empty_prompt", True))
 
     def encode(prompts: list[str]) -> dict[str, Tensor]:
         ids = common.same_rows(prompts, first, second)
@@ -53,12 +49,10 @@ def load(model: Published, name: str) -> Model:
         return {"context": context, "pooled": pooled}
 
     def situate(width: int, height: int, guidance: float) -> dict[str, Tensor]:
-        return {"sizes": common.row([height, width, 0, 0, height, width])}
+        sizes = common.row([height, width, 0, 0, height, width])
+        return {"sizes": sizes, **common.embedded_guidance(network, guidance)}
 
     side = common.side(model.configs["unet"], vae, 1024)
-    defaults = Defaults("dpmpp-2m", common.usual_spacing(scheduler), 30, 5.0, side, side)
-    if common.few_steps(scheduler):
-        defaults = Defaults("euler", "trailing", 1, 1.0, side, side)
     return common.assemble(
         model,
         name,
@@ -73,6 +67,7 @@ def load(model: Published, name: str) -> Model:
         inpaints=inpaints,
         max_pixels=1 << 23,
         situate=situate,
+        distilled=network.config.guidance_dim > 0,
         spacings=common.spacings(scheduler),
-        defaults=defaults,
+        defaults=common.usual_unet(scheduler, network, 30, 5.0, side),
     )

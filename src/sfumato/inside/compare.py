@@ -12,9 +12,10 @@ from torch import Tensor
 from sfumato.diffusion import SAMPLERS
 from sfumato.errors import BadRequest
 from sfumato.inside.record import Json, data_url
-from sfumato.pipeline.picture import Picture, Pixels
+from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
+from sfumato.pixels import Pixels
 
 WEIGHTS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.5, 9.0, 11.0, 13.0, 15.0)
 STEPS = (5, 10, 20, 50)

@@ -18,9 +18,10 @@ from PIL import Image, ImageOps
 from sfumato.inside import compare
 from sfumato.inside import path as paths
 from sfumato.inside.record import Json
-from sfumato.pipeline.picture import Picture, Pixels
+from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
+from sfumato.pixels import Pixels
 
 Answers = Iterator[tuple[Json, bytes]]
 

@@ -19,9 +19,10 @@ from sfumato.diffusion.spacings import Path
 from sfumato.errors import BadRequest
 from sfumato.inside.attention import Maps, maps, watch
 from sfumato.inside.record import Json, data_url, level_dict, number
-from sfumato.pipeline.picture import Picture, Pixels
+from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
+from sfumato.pixels import Pixels
 from sfumato.text.spelling import Word
 
 POINTS = 128  # of a schedule's curve

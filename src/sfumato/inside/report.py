@@ -16,9 +16,10 @@ from PIL import Image
 from sfumato.inside import compare, path
 from sfumato.inside.plot import Series, chart
 from sfumato.inside.record import data_url
-from sfumato.pipeline.picture import Picture, Pixels
+from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
+from sfumato.pixels import Pixels
 
 T = TypeVar("T")
 Told = Callable[[str, int, int], None]  # what is done, steps done, of all

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sfumato.decode import MAX_ASPECT
 from sfumato.errors import BadRequest
-from sfumato.pipeline.picture import Pixels
+from sfumato.pixels import Pixels
 
 if TYPE_CHECKING:
     from sfumato.families.model import Model

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from sfumato.errors import BadData, BadRequest, SfumatoError
 from sfumato.families.additions import Ingredient
 from sfumato.files import write_atomically
 from sfumato.pipeline.request import Request
-
-Pixels = NDArray[np.uint8]
+from sfumato.pixels import Pixels
 
 FORMAT = 1  # of the JSON record
 MAX_FILE = 64 << 20  # bytes

@@ -41,10 +41,10 @@ from sfumato.networks.stored import in_dtype
 from sfumato.pipeline.canvas import Canvas, canvas_of, cover
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.noise import FreshNoise, normal, start
-from sfumato.pipeline.picture import Picture, Pixels
+from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.request import GUIDES, Request
 from sfumato.pipeline.tiles import tiled
-from sfumato.pixels import eight_bits, signed
+from sfumato.pixels import Pixels, eight_bits, signed
 
 
 @dataclass(frozen=True, eq=False)
