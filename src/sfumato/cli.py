@@ -256,6 +256,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--ip-adapter", metavar="FILE", help="add an IP-Adapter, which follows --image-prompt")
     add("--image-encoder", metavar="FOLDER", help="the IP-Adapter's (default: image_encoder beside it or in the model)")
     _add_reading(parser)
+    add("--tile", metavar="PIXELS", help="decode in tiles so wide, 0 in none (default: 512 above 1024x1024 pixels)")
     add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")
     add("--dtype", metavar="fp32|bf16", help="type to compute in (default: fp32)")
     add(
@@ -363,6 +364,7 @@ def _replay(args: argparse.Namespace) -> int:
     request = old.request.map_pictures(lambda name, picture: _picture_again(name, picture, args))
     args.model = args.model or recorded(old.model)
     args.dtype = args.dtype or str(old.made_with.get("dtype", "fp32"))
+    args.tile = args.tile or (str(old.made_with["tile"]) if "tile" in old.made_with else None)
     pipe = _load(args, _found(old.ingredients, args), old.made_with.get("threads"))
     if pipe.model.hash != old.model_hash:
         raise BadCheckpoint(
@@ -609,6 +611,8 @@ def _load(args: argparse.Namespace, additions: Additions | None = None, threads:
     additions = additions or _additions(args)
     how: dict[str, Any] = {"dtype": args.dtype or "fp32", "memory": args.memory}
     families.keeping.check(**how)
+    if args.tile is not None and not (args.tile.isdecimal() and len(args.tile) < 7):
+        raise BadRequest(f"--tile must be a whole number of pixels, or 0, not {args.tile[:40]!r}")
     families.locate(args.model, args.variant)  # a wrong name is told at once, torch takes seconds
     additions.check()  # as is a missing file
     with _status(f"loading {args.model or 'the model'}"):
@@ -619,7 +623,8 @@ def _load(args: argparse.Namespace, additions: Additions | None = None, threads:
 
             torch.set_num_threads(threads)  # the order of sums, and so the last bits, may depend on it
         how |= {"variant": args.variant, "allow_pickle": args.allow_pickle, "partial": args.partial}
-        return Pipeline(families.load(args.model, additions, **how))
+        tile = None if args.tile is None else int(args.tile)
+        return Pipeline(families.load(args.model, additions, **how), tile=tile)
 
 
 def _additions(args: argparse.Namespace) -> Additions:

@@ -134,11 +134,16 @@ def test_the_command_follows_a_control_picture_and_replays(one: Case, tmp_path: 
     made = tmp_path / "made.png"
     asked = ["generate", "a fox", "--model", str(folder / "model"), "--steps", "2", "--size", f"{side}x{side}"]
     control = ["--control", str(folder / "control"), "--control-image", str(tmp_path / "hint.png")]
-    assert main([*asked, *control, "--control-scale", "0.5", "--seed", "3", "--out", str(made)]) == 0
+    tile = ["--tile", str(8 * pipe.vae_scale_factor)]
+    assert main([*asked, *control, *tile, "--control-scale", "0.5", "--seed", "3", "--out", str(made)]) == 0
+    assert read(made).picture.made_with["tile"] == 8 * pipe.vae_scale_factor
     assert [i.kind for i in read(made).picture.ingredients] == ["controlnet"]
     replay = ["replay", str(made), "--model", str(folder / "model"), "--out", str(tmp_path / "again.png")]
     assert main([*replay, "--control", str(folder / "control")]) == 0
+    assert read(tmp_path / "again.png").picture.made_with["tile"] == 8 * pipe.vae_scale_factor
     capsys.readouterr()
+    assert main([*asked, "--tile", "wide"]) == 2
+    assert "--tile must be a whole number" in capsys.readouterr().err
     assert main([*asked, "--control-image", str(tmp_path / "hint.png")]) == 2
     assert "without a ControlNet" in capsys.readouterr().err
     with pytest.raises(BadRequest, match="control_scale"):

@@ -196,6 +196,35 @@ def test_networks_distilled_with_guidance_are_told_its_scale(family: str, tmp_pa
         ours.generate(PROMPT, **(request | {"negative": "blurry"}))
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_long_broken_and_weighted_prompts_equal_transformers_chunk_by_chunk(family: str, tmp_path: Path) -> None:
+    theirs = make(family, 2)
+    theirs.save_pretrained(tmp_path / "model")
+    model = sfumato.load(tmp_path / "model").model
+
+    def states(*texts: str) -> torch.Tensor:
+        """Each text's tokens by 75, encoded by themselves."""
+        rows = []
+        for text in texts:
+            ids = theirs.tokenizer(text, add_special_tokens=False).input_ids
+            for i in range(0, len(ids), 75):
+                row = [49406, *ids[i : i + 75], 49407]
+                rows.append(row + [theirs.tokenizer.pad_token_id] * (77 - len(row)))
+        with torch.inference_mode():
+            return theirs.text_encoder(torch.tensor(rows)).last_hidden_state  # (K, 77, D)
+
+    long = "an oil painting of a red fox in the snow at night, " * 12
+    for prompt, texts in ((long, [long]), (f"a fox BREAK {long}", ["a fox", long])):
+        expected = states(*texts)
+        assert len(expected) > 1
+        assert (model.encode([prompt])["context"][0] - expected.flatten(0, 1)).abs().max() <= 1e-5
+    plain = states("a red fox")[0]
+    weights = torch.ones(77, 1)
+    weights[2] = 1.5
+    expected = plain * weights * (plain.mean() / (plain * weights).mean())
+    assert (model.encode(["a (red:1.5) fox"])["context"][0] - expected).abs().max() <= 1e-5
+
+
 class Echo(torch.nn.Module):
     """A network that knows noise when it sees it, and says what its kind says of it."""
 

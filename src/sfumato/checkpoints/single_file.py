@@ -137,10 +137,11 @@ def write_single_file(model: Published, path: Path, layout: Layout) -> None:
             continue
         if part.component not in model.tensors:
             raise BadCheckpoint(f"{model.path}: has no {part.component}, which a single file of {layout.family} needs")
+        config = model.configs[part.component]
+        if config.get("_class_name") == "AutoencoderTiny":
+            raise BadCheckpoint(f"{model.path}: its autoencoder is a tiny one, and single files hold the KL one alone")
         try:
-            tensors |= to_theirs(
-                model.tensors[part.component], prefixed(part.prefix, part.table(model.configs[part.component]))
-            )
+            tensors |= to_theirs(model.tensors[part.component], prefixed(part.prefix, part.table(config)))
         except KeyError as e:
             raise BadCheckpoint(f"{model.path}: {part.component}: {e} has no place in a single file") from None
     write_tensors(tensors, path, {METADATA: json.dumps({"configs": model.configs, "tokenizers": model.tokenizers})})

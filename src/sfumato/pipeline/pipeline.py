@@ -365,6 +365,7 @@ class Pipeline:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "dtype": _NAMES.get(next(self.model.network.parameters()).dtype, "fp32"),
+            **({} if self.tile is None else {"tile": self.tile}),
         }
 
 
@@ -372,6 +373,7 @@ def load(
     path_or_name: str | os.PathLike[str] | None = None,
     *,
     batch: int = 1,
+    tile: int | None = None,
     loras: Sequence[Lora] = (),
     embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
     vae: str | os.PathLike[str] | None = None,
@@ -389,6 +391,7 @@ def load(
 
     Args:
         batch: how many pictures the network sees at once; see ``Pipeline``.
+        tile: side in pixels of the tiles in which pictures go through the autoencoder; see ``Pipeline``.
         loras: files of LoRAs to add, alone (at weight 1) or as pairs of path and weight.
         embeddings: words learned by textual inversion: how each is written in prompts → its file.
         vae: an autoencoder to use instead of the model's own.
@@ -411,7 +414,7 @@ def load(
     name = None if path_or_name is None else os.fspath(path_or_name)
     additions = families.Additions.of(loras, embeddings, vae, controlnet, denoiser, ip_adapter, image_encoder)
     how = {"variant": variant, "allow_pickle": allow_pickle, "partial": partial, "dtype": dtype, "memory": memory}
-    return Pipeline(families.load(name, additions, **how), batch)
+    return Pipeline(families.load(name, additions, **how), batch, tile)
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
