@@ -248,6 +248,8 @@ def test_what_is_no_ip_adapter_for_the_model_is_refused(one: Case, tmp_path: Pat
         )
     with pytest.raises(BadCheckpoint, match="which can run code"):
         sfumato.load(folder / "model", ip_adapter=folder / "ip-adapter.bin")
+    with pytest.raises(BadCheckpoint, match="it looks like an IP-Adapter"):
+        sfumato.load(folder / "ip-adapter.safetensors")
     make("flux", 0).save_pretrained(tmp_path / "flux")
     with pytest.raises(BadCheckpoint, match="IP-Adapters go with a U-Net"):
         sfumato.load(tmp_path / "flux", ip_adapter=folder / "ip-adapter.safetensors")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from published import make
+from published import make, text_config
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import sfumato
 from sfumato.checkpoints.single_file import METADATA
@@ -94,6 +96,18 @@ def test_configurations_that_cannot_be_followed_are_refused(
     with pytest.raises(BadCheckpoint, match=reason) as caught:
         sfumato.load(folder)
     assert str(caught.value).count(str(folder)) == 1
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3", "flux"])
+def test_towers_of_another_width_than_the_denoiser_takes_are_refused(family: str, tmp_path: Path) -> None:
+    pipe = make(family, 1)
+    torch.manual_seed(0)
+    other = text_config(random.Random(1), projection=24, hidden_size=32)
+    kind = CLIPTextModelWithProjection if family == "sd3" else CLIPTextModel
+    pipe.text_encoder = kind(other)
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(BadCheckpoint, match=r"its denoiser takes (pooled )?words of width \d+, its text towers give"):
+        sfumato.load(tmp_path / "model")
 
 
 def test_nan_weights_never_become_a_picture(single: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_dit_takes_pictures_that_are_not_square() -> None:
     assert ours(torch.randn(1, 4, 8, 12), torch.tensor([3.0]), torch.tensor([1])).shape == (1, 4, 8, 12)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(6))
 @torch.inference_mode()
 def test_mmdit_equals_diffusers(seed: int) -> None:
     r = random.Random(seed)
@@ -74,7 +74,7 @@ def test_mmdit_equals_diffusers(seed: int) -> None:
         caption_projection_dim=heads * head_dim,
         pooled_projection_dim=r.choice([10, 14]),
         pos_embed_max_size=r.choice([12, 17]),
-        dual_attention_layers=tuple(range(r.randint(0, layers))) if seed % 2 else (),
+        dual_attention_layers=tuple(i for i in range(layers) if r.random() < 0.5) if seed % 3 else (),
         qk_norm="rms_norm" if seed % 2 else None,
     ).eval()
     c = theirs.config

@@ -218,6 +218,7 @@ def describe_foreign(shapes: Shapes) -> str:
     """Say what a file is that has no known layout."""
     names = " ".join(list(shapes)[:2000])
     for pattern, what in (
+        (r"(^| )ip_adapter\.\d", "an IP-Adapter, which guides a model and is none (--ip-adapter FILE)"),
         (r"lora_(unet|te|down|A)|lora\.(down|up)|hada_w1|lokr_w1", "a LoRA, which is added to a model and is none"),
         (r"input_hint_block|controlnet_cond_embedding", "a ControlNet, which guides a model and is none"),
         (r"down_blocks\.|transformer_blocks\.", "one network of a folder: load the whole folder instead"),

@@ -398,6 +398,12 @@ def side(config: Json, vae: AnyAutoencoder, usual: int) -> int:
     return size * vae.config.factor if isinstance(size, int) and size > 0 else usual
 
 
+def check_width(model: Published, what: str, wanted: int, given: int) -> None:
+    """Refuse a denoiser that is told words, or their pooled vectors, of another width than its towers give."""
+    if wanted != given:
+        raise BadCheckpoint(f"{model.path}: its denoiser takes {what} of width {wanted}, its text towers give {given}")
+
+
 def check_latents(model: Published, channels: int, vae: AnyAutoencoder) -> None:
     """Refuse a denoiser that takes other than noisy latents."""
     latents = vae.config.latent_channels

@@ -40,6 +40,8 @@ def load(model: Published, name: str) -> Model:
     t5 = common.t5(model, "text_encoder_2", "tokenizer_2", 512 if config.guided else 256)
     if t5 is None:
         raise BadCheckpoint(f"{model.path}: has no T5 encoder with its tokenizer.json, whose states FLUX needs")
+    common.check_width(model, "words", config.context_dim, t5.network.config.dim)
+    common.check_width(model, "pooled words", config.pooled_dim, tower.network.config.dim)
     vae = common.autoencoder(model)
     common.check_latents(model, config.in_channels // 4, vae)
     unit = 2 * vae.config.factor

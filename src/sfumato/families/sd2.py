@@ -37,6 +37,8 @@ def load(model: Published, name: str) -> Model:
     scheduler = model.configs.get("scheduler", {})
     network = common.unet(model)
     tower = common.tower(model, "text_encoder", "tokenizer", projected=False, pad=0)
+    for width in set(network.config.context_dim):
+        common.check_width(model, "words", width, tower.network.config.dim)
     vae = common.autoencoder(model)
     inpaints = common.inpaints(model, network.config.in_channels, vae)
     schedule = common.schedule(scheduler)

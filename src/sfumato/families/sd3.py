@@ -43,6 +43,10 @@ def load(model: Published, name: str) -> Model:
     first = common.tower(model, "text_encoder", "tokenizer", projected=True)
     second = common.tower(model, "text_encoder_2", "tokenizer_2", projected=True, pad=0)
     t5 = common.t5(model, "text_encoder_3", "tokenizer_3", T5_LENGTH)
+    a, b = first.network.config, second.network.config
+    common.check_width(model, "pooled words", config.pooled_dim, a.projection + b.projection)
+    if t5 is not None:
+        common.check_width(model, "words", config.context_dim, t5.network.config.dim)
     vae = common.autoencoder(model)
     common.check_latents(model, config.in_channels, vae)
     shift = float(scheduler.get("shift", 3.0))

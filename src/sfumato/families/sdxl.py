@@ -34,6 +34,10 @@ def load(model: Published, name: str) -> Model:
     network = common.unet(model)
     first = common.tower(model, "text_encoder", "tokenizer", projected=False)
     second = common.tower(model, "text_encoder_2", "tokenizer_2", projected=True, pad=0)
+    a, b, c = first.network.config, second.network.config, network.config
+    for width in set(c.context_dim):
+        common.check_width(model, "words", width, a.dim + b.dim)
+    common.check_width(model, "pooled words", c.vector - 6 * c.size_dim, b.projection)
     vae = common.autoencoder(model)
     inpaints = common.inpaints(model, network.config.in_channels, vae)
     meaning, why = common.parameterization(scheduler)
