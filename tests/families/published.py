@@ -70,12 +70,11 @@ def shaken(module: torch.nn.Module, amount: float = 0.05) -> Any:
 def text_config(r: random.Random, projection: int = 16, **more: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=49408,
-        hidden_size=64,
         intermediate_size=r.choice([48, 80]),
         num_hidden_layers=r.choice([2, 3]),
         num_attention_heads=1,
         projection_dim=projection,
-        **{"bos_token_id": 49406, "eos_token_id": 49407, **more},
+        **{"hidden_size": 64, "bos_token_id": 49406, "eos_token_id": 49407, **more},
     )
 
 
