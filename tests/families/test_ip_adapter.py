@@ -209,6 +209,9 @@ def test_the_command_follows_an_image_prompt_and_replays(one: Case, tmp_path: Pa
     assert "without an IP-Adapter (--ip-adapter FILE)" in capsys.readouterr().err
     assert main([*asked, "--image-encoder", str(folder / "image_encoder")]) == 2
     assert "no effect without an IP-Adapter" in capsys.readouterr().err
+    Image.new("RGB", (4000, 3)).save(tmp_path / "thread.png")
+    assert main([*asked, *adapter, "--image-prompt", str(tmp_path / "thread.png")]) == 2
+    assert "4000x3 is too long and narrow" in capsys.readouterr().err
     with pytest.raises(BadRequest, match="image_prompt_scale"):
         sfumato.load(folder / "model").generate("a", image_prompt_scale=1.0)
 

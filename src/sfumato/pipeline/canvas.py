@@ -55,9 +55,7 @@ def size_for(init: PictureFile, margins: tuple[int, int, int, int], model: Model
 
     One that is much larger or smaller than what the model is made for comes to the model's own number of pixels.
     """
-    w, h = init.image("init").size
-    if max(w, h) > MAX_ASPECT * min(w, h):
-        raise BadRequest(f"init {init.name}: {w}x{h} is too long and narrow: crop it, or ask for a size")
+    w, h = upright("init", init).size
     unit, own = model.multiple, model.defaults.width * model.defaults.height
     if own / KEPT <= w * h <= min(own * KEPT, model.max_pixels) and min(w, h) >= unit:
         sides = [side // unit * unit for side in (w, h)]
@@ -66,6 +64,14 @@ def size_for(init: PictureFile, margins: tuple[int, int, int, int], model: Model
         sides = [max(1, round(side * scale / unit)) * unit for side in (w, h)]
     left, top, right, bottom = margins
     return sides[0] + left + right, sides[1] + top + bottom
+
+
+def upright(what: str, picture: PictureFile) -> Image.Image:
+    """A request's picture as RGB; BadRequest for what is none, or so narrow that bringing it to a size would burst."""
+    image = picture.image(what).convert("RGB")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BadRequest(f"{what} {picture.name}: {image.width}x{image.height} is too long and narrow: crop it")
+    return image
 
 
 def canvas_of(request: Request, model: Model) -> Canvas | None:

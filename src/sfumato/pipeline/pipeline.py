@@ -38,7 +38,7 @@ from sfumato.families import public_name
 from sfumato.families.additions import Lora
 from sfumato.families.model import Conditioning, Model
 from sfumato.networks.stored import in_dtype
-from sfumato.pipeline.canvas import Canvas, canvas_of, cover
+from sfumato.pipeline.canvas import Canvas, canvas_of, cover, upright
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture
@@ -96,6 +96,9 @@ class Pipeline:
         A step's ``preview`` is the predicted picture as the network sees it; ``pixels`` makes it visible.
         """
         request = request.resolve(self.model)
+        for name in GUIDES:  # before the first step
+            if (picture := getattr(request, name)) is not None:
+                upright(name, picture)
         return self._run(request, self.paths(request), canvas_of(request, self.model))
 
     def paths(self, request: Request) -> list[Path]:
@@ -255,7 +258,7 @@ class Pipeline:
         for name, (scale, _) in GUIDES.items():
             picture: PictureFile | None = getattr(request, name)
             if picture is not None:
-                guide, image = self.model.guides[name], picture.image(name).convert("RGB")
+                guide, image = self.model.guides[name], upright(name, picture)
                 told |= guide.tell(cover(image, size) if guide.sized else image, getattr(request, scale))
         for key, value in told.items():  # one row, or two of which the second goes without the words
             with_words, without = (
