@@ -1,118 +1,168 @@
 """Load on the server: pictures per second and waiting at 1, 4, 16, 64 clients, with and without batching.
 
-    python bench/server.py [--steps 8] [--seconds 20] [--memory 1000] [--clients 1 4 16 64]
+    python bench/server.py [--steps 8] [--seconds 20] [--rounds 2] [--clients 1 4 16 64] [--memory 1000]
 
-Each client asks for one picture after the other, each of another prompt, seed, sampler and guidance. ``--memory N``
-also compares the resident memory of server and worker after N jobs with that after N/10.
+Each client asks for one picture after the other, each of another prompt, seed, sampler and guidance. Two servers, with
+``--batch 1`` and with ``--batch 16``, run at once and are loaded in turn, so that whatever else the machine does meets
+both. CPU seconds are those of server and worker. ``--memory N`` also compares the resident memory of server and worker
+after N jobs with that after N/10. With the settings above: some eight minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx2 as httpx
 
 SAMPLERS = ("dpmpp-2m", "ddim", "ddpm", "unipc")
 THINGS = ("heart", "house", "cat", "tree", "moon", "car", "apple", "boat")
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Server:
+    """A server under load, and what is known of it by its number of clients."""
+
+    url: str
+    pid: int
+    batch: int
+    seconds: dict[int, float] = field(default_factory=dict)
+    cpu: dict[int, float] = field(default_factory=dict)
+    waited: dict[int, list[float]] = field(default_factory=dict)
+
+    def processes(self) -> list[int]:
+        """The server, and its worker."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [self.pid, *map(int, children)]
+
+    def cpu_seconds(self) -> float:
+        stats = [Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split() for p in self.processes()]
+        return sum(int(s[11]) + int(s[12]) for s in stats) / TICK
+
+    def resident(self) -> dict[str, float]:
+        """MiB by process."""
+        sizes = {}
+        for name, p in zip(("server", "worker"), self.processes(), strict=True):
+            lines = Path(f"/proc/{p}/status").read_text().splitlines()
+            sizes[name] = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+        return sizes
+
+    def rate(self, clients: int) -> float:
+        """Pictures per second."""
+        return len(self.waited[clients]) / self.seconds[clients]
 
 
 @contextmanager
-def server(batch: int, folder: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    argv = [sys.executable, "-m", "sfumato", "serve", "--port", "0", "--folder", folder, "--batch", str(batch)]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    url = process.stdout.readline().split()[-1]
-    end = time.monotonic() + 120
-    while httpx.get(f"{url}/readyz").status_code != 200:
-        assert time.monotonic() < end, "the server did not become ready"
-        time.sleep(0.1)
-    yield url, process
-    process.terminate()
-    process.wait(90)
+def serving(batch: int) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [sys.executable, "-m", "sfumato", "serve", "--port", "0", "--folder", folder, "--batch", str(batch)]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[-1]
+            end = time.monotonic() + 120
+            while httpx.get(f"{url}/readyz").status_code != 200:
+                assert time.monotonic() < end, "the server did not become ready"
+                time.sleep(0.1)
+            yield Server(url, process.pid, batch)
+        finally:
+            process.terminate()
+            process.wait(90)
 
 
 def request(i: int, steps: int) -> dict[str, object]:
     return {
-        "prompt": f"a red {THINGS[i % len(THINGS)]}", "seed": i, "steps": steps + i % 3,
+        "prompt": f"a red {THINGS[i % len(THINGS)]}", "seed": i, "steps": steps + i % 3, "response_format": "url",
         "sampler": SAMPLERS[i % len(SAMPLERS)], "guidance": 2.0 + i % 4,
     }  # fmt: skip
 
 
-async def load(url: str, clients: int, steps: int, seconds: float) -> tuple[float, list[float]]:
-    """Pictures per second, and how long each took from asking to having it."""
-    waited: list[float] = []
-    began = time.monotonic()
+async def load(server: Server, clients: int, steps: int, seconds: float) -> None:
+    """Note how long each picture took from asking to having it."""
+    waited, cpu, began = server.waited.setdefault(clients, []), server.cpu_seconds(), time.monotonic()
 
     async def client(k: int) -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=300, headers={"X-Client-Id": f"c{k}"}) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=300, headers={"X-Client-Id": f"c{k}"}) as http:
             i = k
             while time.monotonic() - began < seconds:
                 start = time.monotonic()
-                body = {**request(i, steps), "response_format": "url"}
-                (await http.post("/v1/images/generations", json=body)).raise_for_status()
+                (await http.post("/v1/images/generations", json=request(i, steps))).raise_for_status()
                 waited.append(time.monotonic() - start)
                 i += clients
 
     await asyncio.gather(*(client(k) for k in range(clients)))
-    return len(waited) / (time.monotonic() - began), sorted(waited)
+    server.seconds[clients] = server.seconds.get(clients, 0.0) + time.monotonic() - began
+    server.cpu[clients] = server.cpu.get(clients, 0.0) + server.cpu_seconds() - cpu
 
 
-def resident(pid: int) -> float:
-    """MiB of a process and its children."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    total = 0
-    for p in (str(pid), *children):
-        with open(f"/proc/{p}/status") as file:
-            total += next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
-    return total / 1024
-
-
-async def many(url: str, number: int, at_once: int) -> None:
+async def many(server: Server, jobs: range, at_once: int) -> None:
+    """Small jobs as fast as they go."""
     gate = asyncio.Semaphore(at_once)
-
-    async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=300) as http:
 
         async def one(i: int) -> None:
             async with gate:
-                body = {**request(i, 1), "response_format": "url"}
+                body = {**request(i, 1), "upscale": 1}
                 (await http.post("/v1/images/generations", json=body)).raise_for_status()
 
-        await asyncio.gather(*(one(i) for i in range(number)))
+        await asyncio.gather(*(one(i) for i in jobs))
+
+
+def measure_load(args: argparse.Namespace) -> None:
+    with serving(1) as alone, serving(16) as together:
+        for server in (alone, together):
+            asyncio.run(load(server, 2, args.steps, 2))  # warm
+            server.waited.clear()
+        head = ("clients", "batch", "pictures/s", "p50 s", "p99 s", "CPU s/picture", "against batch 1", "by CPU")
+        print("".join(f"{h:>{len(h) + 3}}" for h in head), flush=True)
+        for clients in args.clients:
+            for i in range(args.rounds):
+                for server in (alone, together) if i % 2 == 0 else (together, alone):
+                    asyncio.run(load(server, clients, args.steps, args.seconds / args.rounds))
+            first = alone.rate(clients), alone.cpu[clients] / len(alone.waited[clients])
+            for server in (alone, together):
+                waited, rate = sorted(server.waited[clients]), server.rate(clients)
+                p50, p99 = waited[len(waited) // 2], waited[min(len(waited) - 1, int(len(waited) * 0.99))]
+                cpu = server.cpu[clients] / len(waited)
+                row = (clients, server.batch, f"{rate:.2f}", f"{p50:.2f}", f"{p99:.2f}", f"{cpu:.3f}",
+                       f"{rate / first[0]:.2f}", f"{first[1] / cpu:.2f}")  # fmt: skip
+                print("".join(f"{v:>{len(h) + 3}}" for v, h in zip(row, head, strict=True)), flush=True)
+
+
+def measure_memory(number: int) -> None:
+    with serving(16) as server:
+        first = number // 10
+        asyncio.run(many(server, range(first), 16))
+        early = server.resident()
+        asyncio.run(many(server, range(first, number), 16))
+        late = server.resident()
+    print(f"resident MiB after {first} and {number} jobs: ", end="")
+    parts = [*((k, early[k], late[k]) for k in early), ("both", sum(early.values()), sum(late.values()))]
+    print(", ".join(f"{k} {a:.1f} → {b:.1f} ({100 * (b / a - 1):+.2f} %)" for k, a, b in parts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--seconds", type=float, default=20, help="for each number of clients and each server")
+    parser.add_argument("--rounds", type=int, default=2, help="turns in which these seconds are taken")
     parser.add_argument("--memory", type=int, default=0)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
     args = parser.parse_args()
-    print(f"{'clients':>8} {'batch':>6} {'pictures/s':>11} {'p50 s':>7} {'p99 s':>7} {'against batch 1':>16}")
-    alone: dict[int, float] = {}
-    for batch in (1, 16) if args.clients else ():
-        with tempfile.TemporaryDirectory() as folder, server(batch, folder) as (url, _):
-            asyncio.run(load(url, 2, args.steps, 2))  # warm
-            for clients in args.clients:
-                rate, waited = asyncio.run(load(url, clients, args.steps, args.seconds))
-                p50, p99 = waited[len(waited) // 2], waited[min(len(waited) - 1, int(len(waited) * 0.99))]
-                alone.setdefault(clients, rate)
-                ratio = f"{rate / alone[clients]:16.2f}"
-                print(f"{clients:8} {batch:6} {rate:11.2f} {p50:7.2f} {p99:7.2f} {ratio}", flush=True)
+    if args.clients:
+        measure_load(args)
     if args.memory:
-        with tempfile.TemporaryDirectory() as folder, server(16, folder) as (url, process):
-            asyncio.run(many(url, args.memory // 10, 16))
-            early = resident(process.pid)
-            asyncio.run(many(url, args.memory - args.memory // 10, 16))
-            late = resident(process.pid)
-            print(f"resident: {early:.1f} MiB after {args.memory // 10} jobs, {late:.1f} after {args.memory}: ", end="")
-            print(f"{100 * (late / early - 1):+.2f} %")
+        measure_memory(args.memory)
 
 
 if __name__ == "__main__":
