@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import io
 import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps
+
+T = TypeVar("T")
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 100_000_000
@@ -39,6 +43,36 @@ def decode(data: bytes, background: str = "white") -> Image.Image:
 
 def decode_and_tell(data: bytes, background: str = "white") -> tuple[Image.Image, tuple[str, ...]]:
     """As ``decode``, with what was done to the picture that its owner may not expect, in a few words each."""
+
+    def finish(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+        upright = _upright(image)
+        told = {
+            "turned upright as its EXIF says": upright is not image,
+            f"transparency laid on {background}": _transparent(image),
+            "first frame taken": getattr(image, "is_animated", False),
+        }
+        return _rgb(upright, background), tuple(what for what, done in told.items() if done)
+
+    return _decoded(data, _formats(), MAX_PIXELS, finish)
+
+
+def decode_still(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
+    """Return an encoded picture upright, as RGB or, where it is transparent, RGBA.
+
+    Raises PictureError, with the reason, for anything but one whole picture of these formats and so many pixels.
+    """
+
+    def finish(image: Image.Image) -> Image.Image:
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # a camera's JPEG with a second view
+            raise PictureError("it is animated")
+        upright = _upright(image)
+        return upright.convert("RGBA") if _transparent(upright) else _rgb(upright, "white")
+
+    return _decoded(data, formats, max_pixels, finish)
+
+
+def _decoded(data: bytes, formats: Sequence[str], max_pixels: int, finish: Callable[[Image.Image], T]) -> T:
+    """Decode and finish a picture; what goes wrong is told as PictureError."""
     if not data:
         raise PictureError("the file is empty")
     if len(data) > MAX_BYTES:
@@ -46,23 +80,17 @@ def decode_and_tell(data: bytes, background: str = "white") -> tuple[Image.Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own remarks on sizes and metadata; ours follow
-            image = Image.open(io.BytesIO(data), formats=_formats())
-            _check_size(*image.size)
+            image = Image.open(io.BytesIO(data), formats=formats)
+            _check_size(*image.size, max_pixels)
             image.load()
-            _check_size(*image.size)
-            upright = _upright(image)
-            told = {
-                "turned upright as its EXIF says": upright is not image,
-                f"transparency laid on {background}": _transparent(image),
-                "first frame taken": getattr(image, "is_animated", False),
-            }
-            return _rgb(upright, background), tuple(what for what, done in told.items() if done)
+            _check_size(*image.size, max_pixels)
+            return finish(image)
     except PictureError:
         raise
     except Image.UnidentifiedImageError:
         raise PictureError(_what_else(data)) from None
     except Image.DecompressionBombError:
-        raise PictureError(f"it has more than {MAX_PIXELS // 1_000_000} million pixels") from None
+        raise PictureError(f"it has more than {max_pixels // 1_000_000} million pixels") from None
     except Exception as e:  # damaged files make decoders raise errors of every type
         text = str(e) or type(e).__name__
         raise PictureError(f"damaged or cut off ({text[:100]})") from None
@@ -103,9 +131,9 @@ def to_array(image: Image.Image, channels: int = 3) -> np.ndarray:
     return np.array(image).transpose(2, 0, 1)
 
 
-def _check_size(w: int, h: int) -> None:
-    if w * h > MAX_PIXELS:
-        raise PictureError(f"{w}×{h} is more than the {MAX_PIXELS // 1_000_000} million pixels a picture may have")
+def _check_size(w: int, h: int, most: int) -> None:
+    if w * h > most:
+        raise PictureError(f"{w}×{h} is more than the {most // 1_000_000} million pixels a picture may have")
     if w < 1 or h < 1:
         raise PictureError(f"{w}×{h} has no pixels")
 

@@ -107,3 +107,9 @@ FATES: dict[str, Callable[[], Any]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),  # as the kernel does when memory runs out
     "exhaust": _exhaust,
 }
+
+
+def enlarging(name: str) -> Model:
+    """Its pictures are enlarged by four unless they are asked not to be."""
+    model = load(name)
+    return replace(model, defaults=replace(model.defaults, upscale=4))

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import openai
 from serving import END, START, Serve, Server, until
+
+from sfumato.server.context import Mailbox
 
 ENDED = {"done", "failed", "cancelled"}
 
@@ -93,6 +94,7 @@ def test_who_hangs_up_takes_his_job_with_him(serve: Serve) -> None:
     with server.http.stream("GET", f"/jobs/{watched['id']}/events") as stream:
         next(stream.iter_lines())
     assert server.ended(watched["id"])["state"] == "done", "who only looks on takes nothing with him"
+    _never_reads(server)
     server.check_sum()
 
 
@@ -100,36 +102,47 @@ def _jobs(server: Server) -> list[dict[str, Any]]:
     return server.http.get("/jobs", params={"limit": 100}).json()["jobs"]
 
 
-def test_a_client_that_never_reads_costs_nothing(serve: Serve) -> None:
-    server = serve("engines:sleepy")
+def _never_reads(server: Server) -> None:
+    """Who asks for news and never takes it keeps nobody waiting."""
     at = urlsplit(server.url)
-    job = server.submit(steps=200, n=4)
+    job = server.submit(steps=200, n=2)
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         s.connect((at.hostname or "", at.port or 0))
         s.sendall(f"GET /jobs/{job['id']}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        other = server.submit("other", steps=3)
+        other = server.submit("other", steps=2)
         assert server.ended(other["id"])["state"] == "done"
     server.http.delete(f"/jobs/{job['id']}")
     assert server.ended(job["id"])["state"] == "cancelled"
 
 
+def test_news_that_nobody_takes_do_not_pile_up() -> None:
+    box = Mailbox(previews=True)
+    for i in range(10_000):
+        box.put("step", {"step": i})
+        box.put("preview", {"step": i, "picture": i % 2})
+    news = asyncio.run(box.take(0))
+    assert sorted((kind, data["step"]) for kind, data in news) == [
+        ("preview", 9998), ("preview", 9999), ("step", 9999)
+    ]  # fmt: skip
+
+
 def test_workers_that_die(serve: Serve) -> None:
     """ACCEPTANCE 12: the job fails with its reason, the server stays up, a worker is back, no one else is hurt."""
     server = serve("engines:deadly", "--batch", "4")
-    for fate, code, words in (
-        ("raise", "internal", "RuntimeError"),
-        ("exhaust", "no_resources", "not enough memory"),
-        ("segfault", "worker_died", "SIGSEGV"),
-        ("kill", "worker_died", "SIGKILL"),
+    for fates in (
+        {"raise": ("internal", "RuntimeError"), "exhaust": ("no_resources", "not enough memory")},
+        {"segfault": ("worker_died", "SIGSEGV"), "kill": ("worker_died", "SIGKILL")},
     ):
-        good = server.submit("a blue house", steps=60)
+        good = server.submit("a blue house", steps=40)
         server.running(good["id"])
-        bad = server.ended(server.submit(fate, steps=60)["id"], START)
-        assert bad["state"] == "failed"
-        assert bad["error"]["code"] == code
-        assert words in bad["error"]["message"]
-        assert "secret" not in json.dumps(bad)
+        ids = {fate: server.submit(fate, steps=40)["id"] for fate in fates}
+        for fate, (code, words) in fates.items():
+            bad = server.ended(ids[fate], START)
+            assert bad["state"] == "failed"
+            assert bad["error"]["code"] == code
+            assert words in bad["error"]["message"]
+            assert "secret" not in json.dumps(bad)
         assert server.ended(good["id"], START)["state"] == "done"
         assert server.http.get("/livez").status_code == 200
     until(lambda: server.http.get("/readyz").status_code == 200, START)
@@ -141,7 +154,7 @@ def test_workers_that_die(serve: Serve) -> None:
 
 def test_killed_again_and_again_every_job_ends_once(serve: Serve, soak: bool) -> None:
     """ACCEPTANCE 10: ``kill -9`` at random moments, then SIGTERM."""
-    number, kills = (200, 20) if soak else (20, 2)
+    number, kills = (200, 20) if soak else (20, 1)
     flags = ("--max-queue", "300", "--batch", "4")
     pick = random.Random(0)
     server = serve("engines:sleepy", *flags)
@@ -163,7 +176,7 @@ def test_killed_again_and_again_every_job_ends_once(serve: Serve, soak: bool) ->
     assert server.check_sum() == {"done": number, "failed": 0, "cancelled": 0, "queued": 0, "running": 0}
     assert not list((server.folder / "pictures").glob(".*")), "nothing half-written"
 
-    running, waiting = server.submit("runs", steps=40, n=4), [server.submit("waits", steps=40) for _ in range(6)]
+    running, waiting = server.submit("runs", steps=40, n=4), [server.submit("waits", steps=8) for _ in range(6)]
     server.running(running["id"])
     server.process.send_signal(signal.SIGTERM)
     until(lambda: server.http.get("/readyz").status_code == 503)
@@ -187,36 +200,3 @@ def _alive(pid: int) -> bool:
         return False
     with open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] != "Z"
-
-
-def test_disk_database_and_model_that_go_bad(serve: Serve) -> None:
-    """The server stays up, says so in the API's form, and nothing is lost."""
-    server = serve("engines:sleepy")
-    pictures_folder, aside = server.folder / "pictures", server.folder / "aside"
-    pictures_folder.rename(aside)
-    pictures_folder.write_text("no folder")  # as unwritable as a full disk, for root too
-    failed = server.ended(server.submit(steps=2)["id"])
-    assert failed["state"] == "failed"
-    assert failed["error"] == {"code": "no_space", "message": "the picture could not be written to disk"}
-    pictures_folder.unlink()
-    aside.rename(pictures_folder)
-    assert server.ended(server.submit(steps=2)["id"])["state"] == "done"
-
-    import sqlite3
-
-    with sqlite3.connect(server.folder / "queue.db", isolation_level=None) as db:
-        db.execute("BEGIN EXCLUSIVE")
-        threads = [
-            threading.Thread(target=lambda: seen.append(server.http.post("/jobs", json={"prompt": "a"})))
-            for _ in range(2)
-        ]
-        seen: list[httpx.Response] = []
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join(END)
-        db.execute("ROLLBACK")
-    assert [(a.status_code, a.json()["error"]["code"]) for a in seen] == [(503, "unavailable")] * 2
-    assert server.http.get("/livez").status_code == 200
-    assert server.ended(server.submit(steps=2)["id"])["state"] == "done"
-    assert server.check_sum()["failed"] == 1

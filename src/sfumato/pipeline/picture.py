@@ -238,6 +238,8 @@ def _more_parameters(r: Request) -> dict[str, Any]:
         more |= {"Variation seed": r.variation_seed, "Variation seed strength": r.variation_strength}
     if r.hires is not None:
         more |= {"Hires upscale": r.hires, "Denoising strength": r.hires_strength}
+    if r.upscale not in (None, 1):
+        more["Postprocess upscale by"] = r.upscale
     return more
 
 

@@ -30,7 +30,8 @@ from sfumato.server.metadata import describe_png, text_of
 from sfumato.server.queue import Job
 from sfumato.server.routes import client_of
 from sfumato.server.schema import body_of
-from sfumato.server.uploads import keep, open_picture
+from sfumato.server.sizes import drawn, finished
+from sfumato.server.uploads import open_picture
 
 OURS = {f.name for f in fields(PictureRequest)}
 SAME = {  # their names of our settings
@@ -56,6 +57,7 @@ def routes(context: Context) -> APIRouter:
     async def make(request: Request, given: dict[str, Any], settings: dict[str, Any]) -> JSONResponse:
         echo = {k: v for k, v in given.items() if k not in ("init_images", "mask")}
         settings, model, ignored, send = _read(context, given, settings)
+        settings = drawn(context.facts(model), settings)
         client = client_of(request)
         job = await outcome(context, request, await context.submit("a1111", client, settings, model))
         return JSONResponse(await _result(context, job, echo, ignored, send))
@@ -201,7 +203,7 @@ def _read_pictures(context: Context, given: dict[str, Any]) -> dict[str, Any]:
         fail(422, "init_images must be one picture in base64")
     if given.pop("resize_mode", 0) not in (0, 1):
         fail(422, "resize_mode can only be 0 or 1, which crops")
-    settings = {"init": keep(context.settings, _base64("init_images", pictures[0]))}
+    settings = {"init": context.uploads.keep(_base64("init_images", pictures[0]))}
     if (strength := given.pop("denoising_strength", None)) is not None:
         settings["strength"] = strength
     invert, blur = given.pop("inpainting_mask_invert", 0), given.pop("mask_blur", 0)
@@ -211,7 +213,7 @@ def _read_pictures(context: Context, given: dict[str, Any]) -> dict[str, Any]:
         image, file = open_picture(_base64("mask", mask)).convert("L"), io.BytesIO()
         image = image.point([255 - v for v in range(256)]) if invert else image
         image.filter(ImageFilter.GaussianBlur(blur)).convert("RGB").save(file, "PNG")
-        settings["mask"] = keep(context.settings, file.getvalue())
+        settings["mask"] = context.uploads.keep(file.getvalue())
     return settings
 
 
@@ -224,10 +226,11 @@ async def _result(context: Context, job: Job, echo: dict[str, Any], ignored: lis
         images.append(base64.b64encode(picture.encode()).decode())
         texts.append(picture.parameters())
     r, seeds = job.request, [p["seed"] for p in job.pictures]
+    width, height = finished({**r, "hires": None}, context.facts(job.model))  # theirs is that before hires, too
     info = {
         "prompt": r["prompt"], "all_prompts": [r["prompt"]] * len(images), "negative_prompt": r["negative"],
         "all_negative_prompts": [r["negative"]] * len(images), "seed": r["seed"], "all_seeds": seeds,
-        "width": r["width"], "height": r["height"], "sampler_name": r["sampler"], "cfg_scale": r["guidance"],
+        "width": width, "height": height, "sampler_name": r["sampler"], "cfg_scale": r["guidance"],
         "steps": r["steps"], "batch_size": r["n"], "restore_faces": False, "sd_model_name": job.model,
         "sd_model_hash": context.facts(job.model).hash[:10], "infotexts": texts, "ignored": ignored,
         "interrupted": job.state == "cancelled", "job_id": job.id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import re
@@ -14,7 +15,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from sfumato.errors import BadData, BadRequest, SfumatoError
+from sfumato.errors import BadData, BadRequest, NoResources, SfumatoError
 from sfumato.server.errors import ApiError, fail
 from sfumato.server.logs import logger, request_id
 from sfumato.server.queue import reason_of
@@ -89,16 +90,24 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, "there is no such thing here" if error.status_code == 404 else error.detail)
     if isinstance(error, ClientDisconnect):
         return ApiError(400, "the client went away")
+    if _disk_is_full(error):
+        return ApiError(507, "the server's disk is full", retry_after=30)
     if isinstance(error, DatabaseError):
         logger.error("database", extra={"facts": {"reason": reason_of(error)}})
         return ApiError(503, "the queue's database cannot be used at the moment", retry_after=5)
     if isinstance(error, SfumatoError):
         logger.error("no resources", exc_info=error)
         return ApiError(503, "the server lacks what this needs; its log says more", retry_after=10)
-    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return ApiError(507, "the server's disk is full")
     logger.log(logging.ERROR, "unexpected", exc_info=error)
     return ApiError(500, "something unexpected happened; the server's log says what, under this request's id")
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether an error is that of a full disk, in our words, the system's or SQLite's."""
+    cause = error.__cause__ if isinstance(error, NoResources) else error
+    if isinstance(cause, DatabaseError):
+        return "disk is full" in reason_of(cause)
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def error_response(path: str, error: Exception) -> Response:

@@ -26,6 +26,7 @@ HELP = {
     "n": "pictures of one request",
     "work": "pixels × steps × n of one request",
     "queue": "jobs that wait",
+    "uploads": "bytes of kept pictures that clients sent",
 }
 
 

@@ -24,6 +24,7 @@ from sfumato.server.logs import log
 from sfumato.server.queue import Full, Job, Queue, reason_of
 from sfumato.server.settings import Settings
 from sfumato.server.supervisor import Pace, Supervisor, Worker, WorkerDied
+from sfumato.server.uploads import Uploads
 from sfumato.server.wire import ModelFacts
 
 if TYPE_CHECKING:
@@ -79,10 +80,9 @@ class Context:
         self.models: dict[str, ModelFacts] = {}
         self.draining = False
         self.failure: SfumatoError | None = None  # why the models cannot be served
-        for folder in (settings.pictures, settings.uploads):
-            folder.mkdir(parents=True, exist_ok=True)
         self.gallery = Gallery(settings.pictures)
         self.queue = Queue(settings.database_url, settings.folder, settings.limits.queue, settings.lease)
+        self.uploads = Uploads(settings.uploads, settings.limits.uploads, self.queue.pictures_needed)
         self.supervisor = Supervisor(settings, self._heard, self._bereaved)
         self.pace = Pace()
         self.seconds_of_jobs: Callable[[float, float], None] = lambda waited, ran: None
@@ -171,7 +171,7 @@ class Context:
         return job
 
     def _resolved(self, settings: dict[str, Any], facts: ModelFacts) -> Request:
-        request = Request.from_dict(take_pictures(self.settings, self.gallery, settings))
+        request = Request.from_dict(take_pictures(self.uploads, self.gallery, settings))
         return request.resolve(cast("Model", facts))  # which asks a model for no more than these facts
 
     def _check_limits(self, request: Request) -> int:
@@ -399,7 +399,7 @@ class Context:
         worker.model = self.sources[job.model]
         watched = any(b.previews for b in self._boxes.get(job.id, ()))
         try:
-            request = await asyncio.to_thread(with_pictures, self.settings, job.request)
+            request = await asyncio.to_thread(with_pictures, self.uploads, job.request)
         except OSError:
             error = {"code": "bad_request", "message": "the picture to start from is not here any more"}
             await self._end(worker, job.id, "failed", error)

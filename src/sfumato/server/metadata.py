@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from sfumato.errors import BadData, BadRequest, SfumatoError
-from sfumato.pipeline.request import Request
+from sfumato.pipeline.request import UPSCALES, Request
 
 MAX_TEXT = 1 << 20
 SETTING = re.compile(r'\s*([\w /-]+):\s*("(?:\\.|[^"\\])+"|[^,]*)(?:,|$)')
@@ -86,6 +86,8 @@ def _setting(name: str, value: str) -> dict[str, Any] | None:
         if name == "Size":
             width, height = value.split("x")
             return {"width": int(width), "height": int(height)}
+        if name == "Postprocess upscale by" and float(value) in UPSCALES:
+            return {"upscale": int(float(value))}
         if name == "Sampler":
             return read_sampler(value)
         if name == "Schedule type" and value not in ("", "Automatic"):

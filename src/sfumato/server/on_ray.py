@@ -6,6 +6,9 @@ be within reach of all, SQLite in a folder of one machine or Postgres, and so mu
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from typing import Any
 
@@ -38,6 +41,7 @@ def deploy(settings: Settings, replicas: int) -> str:
 
     Raises NoResources without Ray, BadRequest where other machines could not reach the queue.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # by which Ray would tell its makers
     try:
         import ray  # pyright: ignore[reportMissingImports]
         from ray import serve  # pyright: ignore[reportMissingImports]
@@ -47,14 +51,19 @@ def deploy(settings: Settings, replicas: int) -> str:
 
     if not settings.folder.is_absolute():
         raise BadRequest("with --ray, --folder must be an absolute path that every machine of the cluster has")
-    ray.init(ignore_reinit_error=True, include_dashboard=False, logging_level="warning")
+    try:
+        ray.init(ignore_reinit_error=True, include_dashboard=False, logging_level="warning")
+    except Exception as e:  # of many kinds: no such cluster, no memory for one, processes that do not answer
+        raise NoResources(f"no Ray cluster could be reached or started ({type(e).__name__}: {_first_line(e)})") from e
     machines = sum(node["Alive"] for node in ray.nodes())
     if machines > 1 and settings.database is None:
         raise BadRequest(f"the cluster has {machines} machines: name a Postgres queue that all reach with --database")
     serve.start(http_options={"host": settings.host, "port": settings.port})
 
-    @serve.deployment(name="sfumato", num_replicas=replicas, ray_actor_options={"num_cpus": 1})
-    @serve.ingress(App(replace(settings, workers=1)))
+    threads = settings.threads or 1
+
+    @serve.deployment(name="sfumato", num_replicas=replicas, ray_actor_options={"num_cpus": threads})
+    @serve.ingress(App(replace(settings, workers=1, threads=threads)))
     class Sfumato:
         pass
 
@@ -68,7 +77,12 @@ def deploy(settings: Settings, replicas: int) -> str:
 
 def main(settings: Settings) -> int:
     """Deploy, and stay until interrupted; the deployment ends with this process only if it started the cluster."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # by way of what Ray does at exit
     url = deploy(settings, settings.workers)
     print(f"sfumato serves on {url}", flush=True)
     while True:
         time.sleep(3600)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]

@@ -27,7 +27,8 @@ from sfumato.server.metadata import describe_png
 from sfumato.server.queue import Job
 from sfumato.server.routes import client_of
 from sfumato.server.schema import body_of, request_properties
-from sfumato.server.uploads import keep, open_picture
+from sfumato.server.sizes import drawn, finished
+from sfumato.server.uploads import open_picture
 
 THEIR_MODELS = ("dall-e", "gpt-image")  # names that clients send unasked: the default model
 QUALITY = {"low": 0.5, "auto": 1, "standard": 1, "medium": 1, "high": 2, "hd": 2}  # × the model's default steps
@@ -70,7 +71,7 @@ def routes(context: Context) -> APIRouter:
         image, mask = given.pop("image", None) or given.pop("image[]", None), given.pop("mask", None)
         if not isinstance(image, UploadFile) or not isinstance(mask, UploadFile | None):
             fail(422, "image must be one picture as a file, and mask another or left out")
-        given["init"] = await asyncio.to_thread(keep, context.settings, await image.read())
+        given["init"] = await asyncio.to_thread(context.uploads.keep, await image.read())
         if mask is not None:
             given["mask"] = await asyncio.to_thread(_keep_mask, context, await mask.read())
         return await answer(request, given, "image_edit")
@@ -83,7 +84,7 @@ def routes(context: Context) -> APIRouter:
             fail(422, "image must be one picture as a file")
         data = await image.read()
         given = {**await asyncio.to_thread(_words_of, data), **given}
-        given["init"] = await asyncio.to_thread(keep, context.settings, data)
+        given["init"] = await asyncio.to_thread(context.uploads.keep, data)
         return await answer(request, given, "image_edit")
 
     @router.get("/models", summary="Models")
@@ -105,7 +106,7 @@ def routes(context: Context) -> APIRouter:
             return EventStream(_events(context, job, form))
         job = await outcome(context, request, job)
         data = [await _item(context, p["id"], form, str(request.base_url)) for p in job.pictures]
-        size = f"{job.request['width']}x{job.request['height']}"
+        size = _size(context, job)
         return JSONResponse(
             {"created": int(job.created), "data": data, "size": size, "output_format": form.output_format}
         )
@@ -140,7 +141,9 @@ def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dic
         width, x, height = str(size).partition("x")
         if not (x and width.isdecimal() and height.isdecimal() and len(str(size)) < 20):
             fail(422, 'size must be "WxH" in pixels, or "auto"')
-        given |= {"width": int(width), "height": int(height)}
+        if "width" in given or "height" in given:
+            fail(422, "give size, or the width and height that the network draws, not both")
+        given = drawn(facts, {**given, "width": int(width), "height": int(height)})
     if "steps" not in given and QUALITY[form.quality] != 1:
         given["steps"] = max(1, round(facts.defaults.steps * QUALITY[form.quality]))
     if unknown := [k for k in given if k not in OURS]:
@@ -151,7 +154,7 @@ def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dic
 async def _events(context: Context, job: Job, form: Form) -> AsyncGenerator[str, None]:
     """What happens to a job as OpenAI's events; closing the generator cancels the job."""
     about = {
-        "created_at": int(job.created), "size": f"{job.request['width']}x{job.request['height']}",
+        "created_at": int(job.created), "size": _size(context, job),
         "quality": form.quality, "background": "opaque", "output_format": form.output_format,
     }  # fmt: skip
     shown, following = 0, context.watch(job.id, previews=form.partial_images > 0)
@@ -181,6 +184,10 @@ async def _events(context: Context, job: Job, form: Form) -> AsyncGenerator[str,
         await following.aclose()
         with suppress(ApiError):  # it had ended
             await context.cancel(job.id)
+
+
+def _size(context: Context, job: Job) -> str:
+    return "{}x{}".format(*finished(job.request, context.facts(job.model)))
 
 
 def _event(kind: str, data: dict[str, Any]) -> str:
@@ -218,7 +225,7 @@ def _keep_mask(context: Context, data: bytes) -> Any:
         fail(422, "the mask must be transparent where the picture is to be redrawn")
     file = io.BytesIO()
     image.getchannel("A").point([255 - a for a in range(256)]).convert("RGB").save(file, "PNG")
-    return keep(context.settings, file.getvalue())
+    return context.uploads.keep(file.getvalue())
 
 
 def _words_of(data: bytes) -> dict[str, Any]:
@@ -263,7 +270,7 @@ def _json_body() -> tuple[str, dict[str, Any]]:
     properties = {
         **request_properties(),
         "model": {"type": "string"},
-        "size": {"type": "string", "description": '"WxH" or "auto"'},
+        "size": {"type": "string", "description": '"WxH" of the picture that comes out, or "auto"'},
         "quality": {"enum": list(QUALITY)},
         "response_format": {"enum": ["url", "b64_json"], "description": "both if left out"},
         "output_format": {"enum": list(FORMATS)},

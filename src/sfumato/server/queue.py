@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ class Queue:
             parsed = make_url(url)
             self._sqlite = parsed.get_backend_name() == "sqlite"
             arguments = {"timeout": BUSY, "check_same_thread": False} if self._sqlite else {}
+            arguments = {k: v for k, v in arguments.items() if k not in parsed.query}
             self._engine = sa.create_engine(parsed, connect_args=arguments, pool_pre_ping=not self._sqlite)
         except (ArgumentError, NoSuchModuleError, ImportError) as e:
             raise BadRequest(
@@ -148,7 +149,8 @@ class Queue:
                     if state not in known:
                         connection.execute(sa.insert(_totals).values(state=state, number=0))
         except DatabaseError as e:
-            raise NoResources(f"the queue's database cannot be used: {reason_of(e)}") from None
+            help = "; moved away, an empty one takes its place, and the pictures stay" if self._sqlite else ""
+            raise NoResources(f"the queue's database cannot be used: {reason_of(e)}{help}") from None
 
     def close(self) -> None:
         """Let go of the database, and of the sign that this server lives."""
@@ -203,11 +205,10 @@ class Queue:
             values: dict[str, Any] = {
                 "state": "running",
                 "owner": self.owner,
-                "lease": now + self.lease,
                 "started": now,
             }
-            db.execute(update(_jobs).where(_jobs.c.seq == job.seq).values(values))
-            return replace(job, **values)
+            db.execute(update(_jobs).where(_jobs.c.seq == job.seq).values(**values, lease=self._now() + self.lease))
+            return _get(db, job.id)
 
     def finish(
         self, id: str, state: str, *, error: dict[str, str] | None = None, pictures: list[dict[str, Any]] | None = None
@@ -250,7 +251,7 @@ class Queue:
         """Hold on to this server's jobs for another lease."""
         with self._writing() as db:
             mine = and_(_jobs.c.owner == self.owner, _jobs.c.state == "running")
-            db.execute(update(_jobs).where(mine).values(lease=time.time() + self.lease))
+            db.execute(update(_jobs).where(mine).values(lease=self._now() + self.lease))
 
     def running(self) -> dict[str, bool]:
         """Ids of the jobs that this server holds, and whether someone wants them cancelled."""
@@ -271,13 +272,17 @@ class Queue:
             orphaned = or_(
                 _jobs.c.owner.in_(gone),
                 and_(here, _jobs.c.owner.not_in(known)) if self._sqlite else sa.false(),
-                and_(_jobs.c.lease < time.time(), _jobs.c.owner != self.owner, _jobs.c.owner.not_in(known)),
+                and_(_jobs.c.lease < self._now(), _jobs.c.owner != self.owner, _jobs.c.owner.not_in(known)),
             )
             number = _requeue(db, orphaned)
         for owner in gone:
             with contextlib.suppress(OSError):
                 os.unlink(self._owners / owner)
         return number
+
+    def _now(self) -> Any:
+        """The time by which leases run: one clock for all servers, so that none of theirs may jump or disagree."""
+        return time.time() if self._sqlite else func.extract("epoch", func.clock_timestamp())
 
     def _is_gone(self, owner: str) -> bool:
         try:
@@ -324,6 +329,13 @@ class Queue:
         query = select(_jobs.c.id, _jobs.c.cost).where(_jobs.c.state == "queued").order_by(_jobs.c.turn, _jobs.c.seq)
         with self._engine.connect() as db:
             return [(row.id, row.cost) for row in db.execute(query)]
+
+    def pictures_needed(self) -> set[str]:
+        """SHA-256 of the pictures that jobs which have not ended start from."""
+        open = _jobs.c.state.in_(("queued", "running"))
+        with self._engine.connect() as db:
+            requests = [json.loads(text) for text in db.scalars(select(_jobs.c.request).where(open))]
+        return {v["sha256"] for request in requests for v in request.values() if isinstance(v, dict) and "sha256" in v}
 
     def counts(self) -> dict[str, int]:
         """Number of jobs in each state since the database was made."""

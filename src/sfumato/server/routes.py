@@ -19,7 +19,7 @@ from sfumato.server.gallery import NAME
 from sfumato.server.queue import STATES
 from sfumato.server.schema import body_of, job_body
 from sfumato.server.settings import JSON_BYTES, UPLOAD_BYTES
-from sfumato.server.uploads import PICTURES, read_upload
+from sfumato.server.uploads import PICTURES
 
 PAGE = 500  # entries of a list at most
 
@@ -120,13 +120,11 @@ def routes(context: Context) -> APIRouter:
     )
     async def upload(request: Request) -> JSONResponse:
         data = await read_body(request)
-        return JSONResponse(await asyncio.to_thread(read_upload, context.settings, data), 201)
+        return JSONResponse(await asyncio.to_thread(context.uploads.receive, data), 201)
 
     @router.get("/uploads/{id}.png", summary="A picture that was sent", tags=["pictures"])
     async def upload_file(id: str) -> FileResponse:
-        path = context.settings.uploads / f"{id}.png"
-        if not NAME.fullmatch(id) or not path.is_file():
-            fail(404, "there is no such upload")
+        path = context.uploads.path(id) or fail(404, "there is no such upload")
         return FileResponse(path, media_type="image/png")
 
     # ── what there is ────────────────────────────────────────────────────────────────────────────────

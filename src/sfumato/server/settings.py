@@ -19,14 +19,15 @@ NESTING = 32
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for at most.
+    """What may be asked for at most.
 
     Args:
-        pixels: width × height of one picture; a model's own bound may be lower.
+        pixels: width × height of one picture of a request; a model's own bound may be lower.
         steps: steps from noise to picture.
         n: pictures.
         work: pixels × steps × n.
         queue: jobs that wait.
+        uploads: bytes of the pictures that clients sent and the server keeps.
     """
 
     pixels: int = 1 << 22
@@ -34,6 +35,7 @@ class Limits:
     n: int = 32
     work: int = 1 << 31
     queue: int = 256
+    uploads: int = 2 << 30
 
 
 @dataclass(frozen=True)

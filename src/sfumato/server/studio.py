@@ -16,7 +16,6 @@ from sfumato.errors import SfumatoError
 from sfumato.server.answers import as_api_error, read_json
 from sfumato.server.context import Context
 from sfumato.server.errors import ApiError, fail
-from sfumato.server.gallery import NAME
 from sfumato.server.inputs import with_pictures
 
 MAX_STEPS, MAX_LISTED = 100, 16  # of a comparison: steps of one run, entries of a list
@@ -91,7 +90,7 @@ def _arguments(context: Context, kind: str, asked: dict[str, Any]) -> tuple[dict
 def _request(context: Context, stored: dict[str, Any]) -> dict[str, Any]:
     """A stored request as it can be made again, with the pictures that it started from, which uploads keep by hash."""
     try:
-        return with_pictures(context.settings, {k: v for k, v in stored.items() if v is not None})
+        return with_pictures(context.uploads, {k: v for k, v in stored.items() if v is not None})
     except FileNotFoundError:
         fail(409, "the picture that this one started from is not here any more")
 
@@ -106,10 +105,7 @@ def _digest(path: Path) -> str:
 def _source(context: Context, picture: Path, upload: Any) -> Path:
     if upload is None:
         return picture
-    path = context.settings.uploads / f"{upload}.png"
-    if not isinstance(upload, str) or not NAME.fullmatch(upload) or not path.is_file():
-        fail(404, "there is no such upload")
-    return path
+    return context.uploads.path(upload) or fail(404, "there is no such upload")
 
 
 def _numbers(what: str, values: Any, low: float, high: float) -> list[float] | None:

@@ -3,8 +3,8 @@
 import { $, fill, h } from "./dom.js";
 
 export const state = { models: [], limits: {}, start: null, mask: null, extras: {} };
-const PLAIN = ["prompt", "negative", "n", "steps", "guidance", "width", "height", "seed", "sampler", "spacing"];
-const OWN = new Set([...PLAIN, "init", "mask", "strength"]);
+const PLAIN = ["prompt", "negative", "n", "steps", "guidance", "seed", "sampler", "spacing"];
+const OWN = new Set([...PLAIN, "width", "height", "upscale", "init", "mask", "strength"]);
 const says = (key, v) => v != null && v !== "" && v !== false && (v !== 0 || key.endsWith("seed")) && !(Array.isArray(v) && !v.length);
 const STYLES = ["oil painting", "watercolour", "pencil drawing", "photograph", "woodcut", "flat icon", "pixel art"];
 
@@ -21,6 +21,12 @@ export function setUp({ models, samplers, spacings, limits }) {
   $("model").addEventListener("change", () => useDefaults());
   for (const id of ["steps", "guidance", "strength"]) $(id).addEventListener("input", tell);
   for (const id of ["width", "height", "sampler", "seed"]) $(id).addEventListener("change", tell);
+  $("upscale").addEventListener("change", () => {
+    const by = enlargement() / bounded;
+    setSize(Number($("width").value) * by, Number($("height").value) * by);
+    bound();
+    tell();
+  });
   $("forget").addEventListener("click", () => (($("seed").value = ""), tell()));
   for (const button of document.querySelectorAll("[data-step]"))
     button.addEventListener("click", () => {
@@ -39,18 +45,36 @@ function useDefaults() {
   const d = m.defaults;
   $("steps").value = d.steps; $("guidance").value = d.guidance;
   $("sampler").value = d.sampler; $("spacing").value = d.spacing;
-  $("width").value = d.width; $("height").value = d.height;
-  for (const id of ["width", "height"]) { $(id).step = m.multiple; $(id).min = m.multiple; }
-  const fit = (v) => Math.max(m.multiple, Math.round(v / m.multiple) * m.multiple);
-  const shapes = [["Square", d.width, d.height], ["Wide", fit(d.width * 1.25), fit(d.height * 0.8)], ["Tall", fit(d.width * 0.8), fit(d.height * 1.25)]]
-    .filter(([, w, t]) => w * t <= m.max_pixels);
-  fill($("shapes"), shapes.map(([name, w, t]) =>
-    h("button", { type: "button", class: "chip", onclick: () => { $("width").value = w; $("height").value = t; tell(); }, "data-size": `${w}x${t}` }, name)));
+  $("upscale").value = d.upscale;
+  setSize(d.width * d.upscale, d.height * d.upscale);
+  bound();
   const named = m.card?.styles;
   const styles = Array.isArray(named) ? named : typeof named === "string" ? named.split(",").map((s) => s.trim()) : STYLES;
   fill($("styles"), styles.map((s) => h("option", { value: s })));
   $("guidance").disabled = false;
   tell();
+}
+
+// Sizes are those of the picture that comes out; the network draws it `enlargement` times smaller.
+export const enlargement = () => Number($("upscale").value) || 1;
+
+// A size that the model can make, nearest to one that is wished for.
+export function setSize(width, height) {
+  const unit = model().multiple * enlargement();
+  for (const [id, side] of [["width", width], ["height", height]]) $(id).value = Math.max(1, Math.round(side / unit)) * unit;
+}
+
+let bounded = 1; // the enlargement that sizes were last bound to
+
+// What depends on model and enlargement: the steps between sizes, and the shapes to choose from.
+function bound() {
+  const m = model(), d = m.defaults, times = (bounded = enlargement());
+  for (const id of ["width", "height"]) $(id).step = $(id).min = m.multiple * times;
+  const fit = (v) => Math.max(m.multiple, Math.round(v / m.multiple) * m.multiple);
+  const shapes = [["Square", d.width, d.height], ["Wide", fit(d.width * 1.25), fit(d.height * 0.8)], ["Tall", fit(d.width * 0.8), fit(d.height * 1.25)]]
+    .filter(([, w, t]) => w * t <= m.max_pixels);
+  fill($("shapes"), shapes.map(([name, w, t]) =>
+    h("button", { type: "button", class: "chip", onclick: () => { setSize(w * times, t * times); tell(); }, "data-size": `${w * times}x${t * times}` }, name)));
 }
 
 export function tell() {
@@ -65,13 +89,14 @@ export function tell() {
 export function request() {
   const style = $("style").value.trim();
   const number = (id) => ($(id).value === "" ? null : Number($(id).value));
+  const drawn = (id) => ($(id).value === "" ? null : Number($(id).value) / enlargement());
   const words = $("prompt").value.trim();
   const r = {
     ...state.extras,
     prompt: style ? `${words}, ${style}` : words,
     negative: $("negative").value,
     n: number("n"), steps: number("steps"), guidance: number("guidance"),
-    width: number("width"), height: number("height"), seed: number("seed"),
+    width: drawn("width"), height: drawn("height"), upscale: enlargement(), seed: number("seed"),
     sampler: $("sampler").value, spacing: $("spacing").value, model: $("model").value,
   };
   const m = model();
@@ -97,6 +122,10 @@ export function use(r, modelName) {
     if (key === "guidance") control.step = "any";
     control.value = r[key];
   }
+  const own = model().defaults.upscale, times = r.upscale ?? 1;
+  $("upscale").value = r.upscale ?? own;
+  if (r.width && r.height) setSize(r.width * times, r.height * times);
+  bound();
   $("seed").value = r.seed ?? "";
   $("style").value = "";
   $("negative").value = r.negative ?? "";

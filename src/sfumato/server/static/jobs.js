@@ -7,6 +7,7 @@ const ENDED = ["done", "failed", "cancelled"];
 let watched = null; // {job, source, previews}
 let strip = null; // {jobs: [ids], tiles, labels}
 let timer = null;
+const small = (r) => (r.width ?? 0) * (r.upscale ?? 1) <= 64; // whose pixels are shown as squares
 const listeners = { done: () => {}, open: () => {} };
 
 export function setUp({ done, open }) {
@@ -70,7 +71,7 @@ export function watch(job) {
     tile.classList.remove("waiting");
     const image_ = tile.firstChild;
     image_.src = image;
-    image_.classList.toggle("crisp", (job.request.width ?? 0) <= 64);
+    image_.classList.toggle("crisp", small(job.request));
   });
   for (const name of ENDED) on(name, (ended) => { source.close(); end(ended); });
   source.onerror = () => {
@@ -120,7 +121,7 @@ function end(job) {
     job.pictures.forEach((p, i) => {
       const image = h("img", { src: p.url, alt: job.request.prompt, class: "crisp" });
       const button = h("button", { type: "button", class: "tile", onclick: () => listeners.open(p.id), title: `Seed ${p.seed}` }, image);
-      image.addEventListener("load", () => image.classList.toggle("crisp", job.request.width <= 64));
+      image.addEventListener("load", () => image.classList.toggle("crisp", small(job.request)));
       tiles[i]?.replaceWith(button);
     });
     $("live").textContent = `Done: ${job.pictures.length === 1 ? "one picture" : `${job.pictures.length} pictures`}.`;
@@ -176,7 +177,7 @@ export async function runStrip(requests, labels, title) {
       const i = own.jobs.indexOf(id);
       if (job.state === "done") {
         const [p] = job.pictures;
-        const image = h("img", { src: p.url, alt: `${labels[i]}: ${job.request.prompt}`, class: job.request.width <= 64 ? "crisp" : "" });
+        const image = h("img", { src: p.url, alt: `${labels[i]}: ${job.request.prompt}`, class: small(job.request) ? "crisp" : "" });
         tiles[i].replaceWith(h("button", { type: "button", class: "tile", onclick: () => listeners.open(p.id) }, image, h("span", { class: "tag number" }, labels[i])));
         listeners.done(job);
       } else if (job.state === "failed") failed = job.error?.message ?? "one failed";

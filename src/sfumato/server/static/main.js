@@ -70,8 +70,8 @@ const actions = {
     form.use(picture.request, served(picture.model));
     toStudio();
     $("prompt").focus();
-    const { init, mask, width, height } = picture.request;
-    if (init) start.startAgain({ id: init.sha256, url: `/uploads/${init.sha256}.png`, width, height }, !!mask);
+    const { init, mask } = picture.request, size = { width: Number($("width").value), height: Number($("height").value) };
+    if (init) start.startAgain({ id: init.sha256, url: `/uploads/${init.sha256}.png` }, size, !!mask);
   },
   replay(picture) {
     paint({ ...again(picture), n: 1 });

@@ -2,7 +2,7 @@
 
 import { upload } from "./api.js";
 import { $, lightDismiss, openDialog, toast } from "./dom.js";
-import { state, tell } from "./form.js";
+import { setSize, state, tell } from "./form.js";
 
 const MAX = 32 * 2 ** 20;
 const TINT = "#d9822b"; // of the mask as it is painted; only where it is counts
@@ -44,20 +44,19 @@ export async function startFromFile(file) {
   }
 }
 
-export function startFrom(picture) {
+export function startFrom(picture, size = picture) {
   state.start = picture;
   state.mask = null;
-  $("width").value = picture.width;
-  $("height").value = picture.height;
+  setSize(size.width, size.height);
   $("from").open = true;
   show();
 }
 
 // The picture that a stored request started from, if the server still has it; a mask is painted anew.
-export function startAgain(picture, masked) {
+export function startAgain(picture, size, masked) {
   const probe = new Image();
   probe.onload = () => {
-    startFrom(picture);
+    startFrom({ ...picture, width: probe.naturalWidth, height: probe.naturalHeight }, size);
     if (masked) toast("It repainted a part of a picture: paint the mask again, or replay it as it was.");
   };
   probe.onerror = () => toast("The picture that it started from is not here any more: choose one, under “From a picture”.");
