@@ -1,11 +1,12 @@
 """Load on the server: pictures per second and waiting at 1, 4, 16, 64 clients, with and without batching.
 
-    python bench/server.py [--steps 8] [--seconds 20] [--rounds 2] [--clients 1 4 16 64] [--memory 1000]
+    python bench/server.py [--steps 8] [--seconds 20] [--rounds 2] [--clients 1 4 16 64] [--memory 1000] [--switches 40]
 
 Each client asks for one picture after the other, each of another prompt, seed, sampler and guidance. Two servers, with
 ``--batch 1`` and with ``--batch 16``, run at once and are loaded in turn, so that whatever else the machine does meets
 both. CPU seconds are those of server and worker. ``--memory N`` also compares the resident memory of server and worker
-after N jobs with that after N/10. With the settings above: some eight minutes on two cores.
+after N jobs with that after N/10, ``--switches N`` after N changes between two models with that after N/10. With the
+settings above: some eight minutes on two cores.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,9 +65,10 @@ class Server:
 
 
 @contextmanager
-def serving(batch: int) -> Iterator[Server]:
+def serving(batch: int, *models: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, "-m", "sfumato", "serve", "--port", "0", "--folder", folder, "--batch", str(batch)]
+        argv += [word for model in models for word in ("--model", model)]
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             assert process.stdout is not None
@@ -105,14 +108,14 @@ async def load(server: Server, clients: int, steps: int, seconds: float) -> None
     server.cpu[clients] = server.cpu.get(clients, 0.0) + server.cpu_seconds() - cpu
 
 
-async def many(server: Server, jobs: range, at_once: int) -> None:
-    """Small jobs as fast as they go."""
+async def many(server: Server, jobs: range, at_once: int, models: tuple[str, ...] = ()) -> None:
+    """Small jobs as fast as they go, of each model in turn."""
     gate = asyncio.Semaphore(at_once)
     async with httpx.AsyncClient(base_url=server.url, timeout=300) as http:
 
         async def one(i: int) -> None:
             async with gate:
-                body = {**request(i, 1), "upscale": 1}
+                body = {**request(i, 1), "upscale": 1, **({"model": models[i % len(models)]} if models else {})}
                 (await http.post("/v1/images/generations", json=body)).raise_for_status()
 
         await asyncio.gather(*(one(i) for i in jobs))
@@ -139,14 +142,24 @@ def measure_load(args: argparse.Namespace) -> None:
                 print("".join(f"{v:>{len(h) + 3}}" for v, h in zip(row, head, strict=True)), flush=True)
 
 
-def measure_memory(number: int) -> None:
-    with serving(16) as server:
-        first = number // 10
-        asyncio.run(many(server, range(first), 16))
-        early = server.resident()
-        asyncio.run(many(server, range(first, number), 16))
-        late = server.resident()
-    print(f"resident MiB after {first} and {number} jobs: ", end="")
+def measure_switching(number: int) -> None:
+    from sfumato.families import locate
+
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("one", "two")
+        for name in names:
+            shutil.copy(locate(None), f"{folder}/{name}.safetensors")
+        with serving(16, *(f"{folder}/{name}.safetensors" for name in names)) as server:
+            measure_memory(server, number, 1, "changes of the model", names)
+
+
+def measure_memory(server: Server, number: int, at_once: int, what: str, models: tuple[str, ...] = ()) -> None:
+    first = number // 10
+    asyncio.run(many(server, range(first), at_once, models))
+    early = server.resident()
+    asyncio.run(many(server, range(first, number), at_once, models))
+    late = server.resident()
+    print(f"resident MiB after {first} and {number} {what}: ", end="")
     parts = [*((k, early[k], late[k]) for k in early), ("both", sum(early.values()), sum(late.values()))]
     print(", ".join(f"{k} {a:.1f} → {b:.1f} ({100 * (b / a - 1):+.2f} %)" for k, a, b in parts))
 
@@ -157,12 +170,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="for each number of clients and each server")
     parser.add_argument("--rounds", type=int, default=2, help="turns in which these seconds are taken")
     parser.add_argument("--memory", type=int, default=0)
+    parser.add_argument("--switches", type=int, default=0)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
     args = parser.parse_args()
     if args.clients:
         measure_load(args)
     if args.memory:
-        measure_memory(args.memory)
+        with serving(16) as server:
+            measure_memory(server, args.memory, 16, "jobs")
+    if args.switches:
+        measure_switching(args.switches)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         if f.name == "prompt":
             parser.add_argument("prompt", metavar="PROMPT", help=f.metadata["help"])
         elif f.name == "width":
-            parser.add_argument("--size", metavar="WxH", help="width and height in pixels")
+            parser.add_argument("--size", metavar="WxH", help="width and height in pixels, before --upscale")
         elif flags:
             parser.add_argument(*flags, dest=f.name, metavar=f.metadata["metavar"], help=f.metadata["help"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import errno
 import io
 import os
 import shutil
@@ -12,7 +11,9 @@ import sqlite3
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,8 @@ def test_a_full_disk(small_disk: Path, serve: Serve) -> None:
 
 def _fill(path: Path) -> None:
     """Write until the disk is full."""
-    with open(path, "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError as e:
-            assert e.errno == errno.ENOSPC
+    with open(path, "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        deque(map(file.write, repeat(bytes(4096))), 0)
 
 
 def test_clock_model_and_database_that_go_bad(serve: Serve, tmp_path: Path, model_file: Path) -> None:

@@ -184,6 +184,24 @@ def test_paint_watch_reload_search(open_page: Open, site: str) -> None:
     assert page.locator("#steps").input_value() == "60"
 
 
+def test_sizes_are_those_of_the_picture_that_comes_out(open_page: Open, site: str) -> None:
+    page = open_page()
+    page.locator("details.fold").first.evaluate("fold => fold.open = true")
+    page.select_option("#upscale", "4")
+    assert [page.locator(f"#{side}").input_value() for side in ("width", "height")] == ["64", "64"]
+    assert "64×64" in page.locator("#how").inner_text()
+    with page.expect_request(lambda r: r.method == "POST" and r.url == f"{site}/jobs") as sent:
+        job = paint(page, "an enlarged apple", steps=1, n=1)
+    body = sent.value.post_data_json
+    assert [body[name] for name in ("width", "height", "upscale")] == [16, 16, 4]
+    (picture,) = ask(site, f"/jobs/{job}")["pictures"]
+    assert ask(site, f"/pictures/{picture['id']}")["width"] == 64
+    page.get_by_role("button", name="Start from it").click()
+    assert page.locator("#width").input_value() == "64"
+    page.select_option("#upscale", "1")
+    assert page.locator("#width").input_value() == "16"
+
+
 def test_cancel_and_come_back(open_page: Open, site: str) -> None:
     page = open_page()
     begin(page, "a blue house", n=8, steps=100)
