@@ -90,10 +90,11 @@ async function discard(pictures, then = () => {}) {
 
 // ── one picture ──
 
-const NAMES = { guidance_rescale: "guidance rescale", guidance_interval: "guidance interval", n: null, prompt: null, width: null, height: null };
+const NAMES = { guidance_rescale: "guidance rescale", guidance_interval: "guidance interval", n: null, prompt: null, width: null, height: null, upscale: null };
 
 export function facts(picture) {
   const r = picture.request, rows = [["size", `${picture.width} × ${picture.height}`]];
+  if (r.upscale > 1) rows.push(["drawn at", `${picture.width / r.upscale} × ${picture.height / r.upscale}, and enlarged`]);
   for (const [key, value] of Object.entries(r)) {
     const name = key in NAMES ? NAMES[key] : key.replaceAll("_", " ");
     if (!name || value == null || value === "" || value === 0 && key !== "seed") continue;

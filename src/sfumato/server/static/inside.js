@@ -284,8 +284,10 @@ function drawRuns(out, exact, runs, crisp) {
 // ── schedule ──
 
 function forwardPart(picture, crisp) {
-  const file = h("input", { type: "file", id: "forward-file", accept: "image/png,image/jpeg,image/webp" });
-  const own = h("div", { class: "field" }, h("label", { for: "forward-file" }, "A picture of yours instead of this one"), file);
+  const chosen = h("span", { class: "small soft" });
+  const file = h("input", { type: "file", id: "forward-file", class: "visually-hidden", accept: "image/png,image/jpeg,image/webp",
+    onchange: () => (chosen.textContent = short(file.files[0]?.name ?? "", 40)) });
+  const own = h("div", { class: "row" }, h("label", { for: "forward-file", class: "button" }, "Choose a picture of yours instead"), file, chosen);
   return part("forward", "The schedule, and the way down into the noise",
     "Training noises pictures as x = α·x0 + σ·ε, and the network learns to undo it. Here it is done to a picture, at each level that this one visited.",
     "Noise it", async (out, signal, progress) => {
