@@ -1,12 +1,14 @@
 """Load on the server: pictures per second and waiting at 1, 4, 16, 64 clients, with and without batching.
 
     python bench/server.py [--steps 8] [--seconds 20] [--rounds 2] [--clients 1 4 16 64] [--memory 1000] [--switches 40]
+                           [--recovery 5]
 
 Each client asks for one picture after the other, each of another prompt, seed, sampler and guidance. Two servers, with
 ``--batch 1`` and with ``--batch 16``, run at once and are loaded in turn, so that whatever else the machine does meets
 both. CPU seconds are those of server and worker. ``--memory N`` also compares the resident memory of server and worker
-after N jobs with that after N/10, ``--switches N`` after N changes between two models with that after N/10. With the
-settings above: some eight minutes on two cores.
+after N jobs with that after N/10, ``--switches N`` after N changes between two models with that after N/10;
+``--recovery N`` takes N times how long it is from a cancelled job's end to the next one's start, and from a worker's
+death until there is another. With the settings above: some eight minutes on two cores.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +25,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 
@@ -164,12 +169,43 @@ def measure_memory(server: Server, number: int, at_once: int, what: str, models:
     print(", ".join(f"{k} {a:.1f} → {b:.1f} ({100 * (b / a - 1):+.2f} %)" for k, a, b in parts))
 
 
+def measure_recovery(number: int) -> None:
+    def when(text: str) -> float:
+        return datetime.fromisoformat(text).timestamp()
+
+    def until(http: httpx.Client, id: str, *states: str) -> dict[str, Any]:
+        while (job := http.get(f"/jobs/{id}").json())["state"] not in states or (
+            states == ("running",) and not job["step"]
+        ):
+            time.sleep(0.005)
+        return job
+
+    gaps, lives = [], []
+    with serving(1) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        for _ in range(number):
+            first, second = (http.post("/jobs", json={"prompt": "a", "steps": k}).json()["id"] for k in (100, 1))
+            until(http, first, "running")
+            http.delete(f"/jobs/{first}")
+            gaps.append(
+                when(until(http, second, "done")["started"]) - when(until(http, first, "cancelled")["finished"])
+            )
+        for _ in range(number):
+            worker, began = server.processes()[1], time.monotonic()
+            os.kill(worker, signal.SIGKILL)
+            while worker in server.processes() or http.get("/readyz").status_code != 200:
+                time.sleep(0.01)
+            lives.append(time.monotonic() - began)
+    print(f"from a cancelled job's end to the next one's start, ms: {', '.join(f'{1000 * g:.0f}' for g in gaps)}")
+    print(f"from a worker's death to its successor's readiness, s: {', '.join(f'{s:.1f}' for s in lives)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=20, help="for each number of clients and each server")
     parser.add_argument("--rounds", type=int, default=2, help="turns in which these seconds are taken")
     parser.add_argument("--memory", type=int, default=0)
+    parser.add_argument("--recovery", type=int, default=0)
     parser.add_argument("--switches", type=int, default=0)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
     args = parser.parse_args()
@@ -178,6 +214,8 @@ def main() -> None:
     if args.memory:
         with serving(16) as server:
             measure_memory(server, args.memory, 16, "jobs")
+    if args.recovery:
+        measure_recovery(args.recovery)
     if args.switches:
         measure_switching(args.switches)
 
