@@ -205,7 +205,10 @@ def test_a_bomb_is_refused_before_it_is_decoded(shared: Server) -> None:
 def test_uploads_are_bounded_and_what_a_job_needs_is_kept(tmp_path: Path) -> None:
     pictures = [png((40, 40 + i)) for i in range(12)]
     needed: set[str] = set()
-    uploads = Uploads(tmp_path, 5 * len(pictures[-1]) + 200, lambda: needed)
+    Uploads(tmp_path / "scratch", 1 << 30, set).keep(pictures[-1])
+    most = 5 * next((tmp_path / "scratch").iterdir()).stat().st_size + 200
+    folder = tmp_path / "uploads"
+    uploads = Uploads(folder, most, lambda: needed)
 
     def kept() -> list[str]:
         return [id for id in ids if uploads.path(id)]
@@ -213,10 +216,10 @@ def test_uploads_are_bounded_and_what_a_job_needs_is_kept(tmp_path: Path) -> Non
     ids: list[str] = []
     for i, data in enumerate(pictures):
         ids.append(uploads.keep(data))
-        os.utime(tmp_path / f"{ids[-1]}.png", ns=(i, i))
+        os.utime(folder / f"{ids[-1]}.png", ns=(i, i))
         if i == 0:
             needed.add(ids[0])
-        assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 5 * len(pictures[-1]) + 200
+        assert sum(f.stat().st_size for f in folder.iterdir()) <= most
     assert kept()[0] == ids[0], "a job needs it"
     assert 3 <= len(kept()) <= 5
     assert kept()[1:] == ids[-len(kept()) + 1 :], "of the others the newest"
@@ -224,7 +227,7 @@ def test_uploads_are_bounded_and_what_a_job_needs_is_kept(tmp_path: Path) -> Non
     uploads.read(oldest)
     uploads.keep(png((40, 39)))
     assert uploads.path(oldest), "what was just used is not the next to go"
-    needed |= set(kept()) | {p.stem for p in tmp_path.iterdir()}
+    needed |= set(kept()) | {p.stem for p in folder.iterdir()}
     with pytest.raises(ApiError, match="too many pictures wait") as full:
         uploads.keep(png((40, 38)))
     assert full.value.status == 507

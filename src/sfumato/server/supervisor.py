@@ -21,6 +21,7 @@ from sfumato.server.queue import Job
 from sfumato.server.settings import Settings
 
 RESTART = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before the k-th start in a row that came to nothing
+DYING = 2.0  # seconds for a worker that says nothing more to end by itself
 LINE = 500  # characters of a worker's own output that are logged
 
 Reports = Callable[["Worker", dict[str, Any], bytes], Awaitable[None]]
@@ -136,6 +137,9 @@ class Supervisor:
                     await self._report(worker, message, blob)
         finally:
             worker.ready, worker.model = False, None
+            # `kill` looks first whether it has ended, and so takes the reason of its death from who waits for it.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(worker.process.wait()), DYING)
             if worker.process.returncode is None:
                 with suppress(ProcessLookupError):
                     worker.process.kill()
