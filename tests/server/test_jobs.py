@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import zlib
@@ -67,6 +68,14 @@ def test_a_job_from_words_to_pictures(shared: Server, model_file: Path, tmp_path
         own = Image.open(io.BytesIO(shared.http.get(p["url"] + "?scale=1").content))
         assert np.array_equal(np.asarray(own), picture.pixels)
     assert list(events_of(shared, job["id"])) == [("done", done)]
+
+
+def test_a_picture_that_no_network_follows_is_refused(shared: Server) -> None:
+    picture = base64.b64encode(png(Image.new("RGB", (16, 16)))).decode()
+    for name in ("control_image", "image_prompt"):
+        answer = shared.http.post("/jobs", json={"prompt": "a", name: picture})
+        assert answer.status_code == 422
+        assert f"{name} has no effect" in answer.json()["error"]["message"]
 
 
 def test_lists_of_jobs(shared: Server) -> None:

@@ -70,11 +70,13 @@ class ModelFacts:
     distilled: bool
     takes_pictures: bool
     card: dict[str, str]
+    guides: tuple[str, ...] = ()
 
     @classmethod
     def from_message(cls, name: str, facts: Message) -> ModelFacts:
         """Read what ``facts_of`` wrote, under the server's name for the model."""
         values: dict[str, Any] = {**facts, "defaults": DefaultSettings(**facts["defaults"])}
+        values["guides"] = tuple(facts["guides"])
         return cls(name=name, **values)
 
 
@@ -90,5 +92,6 @@ def facts_of(model: Any) -> Message:
         "max_pixels": model.max_pixels,
         "distilled": model.distilled,
         "takes_pictures": model.takes_pictures,
+        "guides": list(model.guides),
         "card": {k: str(v) for k, v in model.card.items()},
     }
