@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -56,7 +56,7 @@ def decode_and_tell(data: bytes, background: str = "white") -> tuple[Image.Image
     return _decoded(data, _formats(), MAX_PIXELS, finish)
 
 
-def decode_still(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
+def decode_still(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
     """Return an encoded picture upright, as RGB or, where it is transparent, RGBA.
 
     Raises PictureError, with the reason, for anything but one whole picture of these formats and so many pixels.
@@ -71,7 +71,7 @@ def decode_still(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.
     return _decoded(data, formats, max_pixels, finish)
 
 
-def _decoded(data: bytes, formats: Sequence[str], max_pixels: int, finish: Callable[[Image.Image], T]) -> T:
+def _decoded(data: bytes, formats: tuple[str, ...], max_pixels: int, finish: Callable[[Image.Image], T]) -> T:
     """Decode and finish a picture; what goes wrong is told as PictureError."""
     if not data:
         raise PictureError("the file is empty")

@@ -6,6 +6,7 @@ be within reach of all, SQLite in a folder of one machine or Postgres, and so mu
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -52,7 +53,7 @@ def deploy(settings: Settings, replicas: int) -> str:
     if not settings.folder.is_absolute():
         raise BadRequest("with --ray, --folder must be an absolute path that every machine of the cluster has")
     try:
-        ray.init(ignore_reinit_error=True, include_dashboard=False, logging_level="warning")
+        ray.init(ignore_reinit_error=True, include_dashboard=False, logging_level=logging.WARNING)
     except Exception as e:  # of many kinds: no such cluster, no memory for one, processes that do not answer
         raise NoResources(f"no Ray cluster could be reached or started ({type(e).__name__}: {_first_line(e)})") from e
     machines = sum(node["Alive"] for node in ray.nodes())

@@ -178,7 +178,8 @@ async function begin() {
   jobs.setAgain((job) => paint({ ...again({ request: job.request, model: { name: job.model } }) }));
   jobs.setAfter((job) => {
     const [p] = job.pictures;
-    const whole = { id: p.id, url: p.url, request: { ...job.request, seed: p.seed, n: 1 }, model: { name: job.model }, width: job.request.width, height: job.request.height };
+    const times = job.request.upscale ?? 1;
+    const whole = { id: p.id, url: p.url, request: { ...job.request, seed: p.seed, n: 1 }, model: { name: job.model }, width: job.request.width * times, height: job.request.height * times };
     return [
       h("a", { class: "button", href: `#/inside/${p.id}` }, "Look inside"),
       h("button", { type: "button", onclick: () => actions.vary(whole) }, "Variations"),
