@@ -279,7 +279,7 @@ def main() -> None:
     """Write, measure each mode, print a line for each, delete."""
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="+")
-    parser.add_argument("--modes", nargs="+", default=["normal", "low"])
+    parser.add_argument("--modes", nargs="*", default=["normal", "low"])
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--blocks", type=int, nargs="*", default=[])

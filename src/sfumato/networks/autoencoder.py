@@ -7,7 +7,9 @@ Modules are named as in the published folders of weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.networks.blocks import ConvBlock, CrossAttention, Downsample, GroupNorm, Upsample
+from sfumato.networks.strips import convolve
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,11 @@ class Level(nn.Module):
         if up:
             self.upsamplers = nn.ModuleList([Upsample(width)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) → (B, width, H or H/2 or 2H, …)."""
-        for block in self.resnets:
-            x = block(x)
-        for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
-            x = resample(x)
-        return x
+    def __iter__(self) -> Iterator[nn.Module]:
+        """Its layers in order: (B, channels, H, W) → (B, width, H or H/2 or 2H, …). Who runs them holds one x alone."""
+        yield from self.resnets
+        yield from getattr(self, "downsamplers", ())
+        yield from getattr(self, "upsamplers", ())
 
 
 class Encoder(nn.Module):
@@ -117,10 +118,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return mean and log-variance, one after the other in the channels."""
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = convolve(x, self.conv_in)
+        for layer in chain.from_iterable(self.down_blocks):
+            x = layer(x)
+        return convolve(self.mid_block(x), self.conv_out, self.conv_norm_out)
 
 
 class Decoder(nn.Module):
@@ -141,9 +142,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Return pictures, about in [−1, 1]."""
         x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        for layer in chain.from_iterable(self.up_blocks):
+            x = layer(x)
+        return convolve(x, self.conv_out, self.conv_norm_out)
 
 
 class Autoencoder(nn.Module):

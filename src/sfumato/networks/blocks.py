@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.networks.strips import convolve
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoids of a time (B,) at geometric frequencies, as (B, dim) (DDPM, after Transformer section 3.5)."""
@@ -235,11 +237,13 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """Apply to x; the embedding comes through its SiLU already."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = convolve(x, self.conv1, self.norm1)
         if self.time_emb_proj is not None and embedding is not None:
             h = h + of_vectors(self.time_emb_proj, embedding)[..., None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        h = convolve(h, self.conv2, self.norm2, over=True)
+        if self.conv_shortcut is not None:
+            return convolve(x, self.conv_shortcut, onto=h)
+        return x + h if torch.is_grad_enabled() else h.add_(x)
 
 
 class Downsample(nn.Module):
@@ -252,7 +256,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, ⌈H/2⌉, ⌈W/2⌉), or half rounded down if one-sided."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+        return convolve(x, self.conv, edges=(0, 1, 0, 1) if self.one_sided else None)
 
 
 class Upsample(nn.Module):
@@ -264,7 +268,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) → (B, C, 2H, 2W), or the given size."""
-        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        if size is None or size == (2 * x.shape[-2], 2 * x.shape[-1]):
+            return convolve(x, self.conv, up=2)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
