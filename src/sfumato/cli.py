@@ -256,7 +256,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--ip-adapter", metavar="FILE", help="add an IP-Adapter, which follows --image-prompt")
     add("--image-encoder", metavar="FOLDER", help="the IP-Adapter's (default: image_encoder beside it or in the model)")
     _add_reading(parser)
-    add("--tile", metavar="PIXELS", help="decode in tiles so wide, 0 in none (default: 512 above 1024x1024 pixels)")
+    add("--tile", metavar="PIXELS", help="decode in tiles so wide, 0 in none (default: 1024 above 2048x2048 pixels)")
     add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")
     add("--dtype", metavar="fp32|bf16", help="type to compute in (default: fp32)")
     add(

@@ -100,7 +100,7 @@ def test_a_pipeline_tiles_what_is_larger_than_asked_for(tiny: Model) -> None:
     assert set(shapes) == {(1, 3, 36, 36)}
     assert np.abs(pieces.astype(int) - whole).max() <= 1
     shapes.clear()
-    Pipeline(latent).pixels(latents(257, 257)[:, :3])
-    assert max(s[-1] for s in shapes) == 512 // FACTOR
+    Pipeline(latent).pixels(latents(513, 513)[:, :3])
+    assert max(s[-1] for s in shapes) == 1024 // FACTOR
     with pytest.raises(BadRequest, match="tile must be"):
         Pipeline(latent, tile=8)

@@ -62,7 +62,7 @@ class Scene:
 
 
 NOTHING = Scene()
-UNTILED, TILE = 1 << 20, 512  # pixels of a picture, and of a tile's side
+UNTILED, TILE = 1 << 22, 1024  # pixels of a picture, and of a tile's side
 MIN_TILE = 8  # cells
 
 
