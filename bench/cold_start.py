@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[list[str], float | None]] = {  # what, and the most it
     "sfumato --help": (["-m", "sfumato", "--help"], 0.4),
     "sfumato generate --help": (["-m", "sfumato", "generate", "--help"], 0.4),
     "sfumato samplers": (["-m", "sfumato", "samplers"], None),
+    "sfumato info emoji-64": (["-m", "sfumato", "info", "emoji-64"], 0.4),
     "import sfumato.diffusion": (["-c", "import sfumato.diffusion"], None),
     "import torch": (["-c", "import torch"], None),
     "sfumato generate": (["-m", "sfumato", "generate", "a red apple", "--seed", "0"], 10.0),

@@ -156,7 +156,7 @@ def networks(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[int,
             "CLIPTextModelWithProjection": lambda c: CLIPText(readers.clip_config(c, True)),
             "T5EncoderModel": lambda c: T5Encoder(readers.t5_config(c)),
         }
-        with torch.device("meta"), common._Unfilled():
+        with torch.device("meta"), common.Unfilled():
             state = kinds[c.get("_class_name") or c["architectures"][0]](c).state_dict()
         prefix = "text_model." if "embeddings.token_embedding.weight" in state else ""
         found[part] = {(k if k.startswith("text_projection") else prefix + k): tuple(t.shape) for k, t in state.items()}

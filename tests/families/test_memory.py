@@ -53,6 +53,7 @@ def test_bf16_makes_almost_the_same_picture(half: tuple[Path, dict[str, Any]]) -
 def test_low_leaves_every_weight_in_its_file(half: tuple[Path, dict[str, Any]]) -> None:
     model = sfumato.load(half[0], memory="low").model
     assert all(isinstance(p, Stored) and p.source.dtype == torch.float16 for p in model.network.parameters())
+    assert all(p.next is None for p in model.network.parameters() if isinstance(p, Stored)), "none was read to load it"
     assert model.card["memory"].startswith("low: ")
     whole = sfumato.load(half[0], memory="normal").model
     assert {(p.dtype, type(p)) for p in whole.network.parameters()} == {(torch.float32, nn.Parameter)}
@@ -106,7 +107,7 @@ def resident(file: Path) -> int:
 def stored_twin(module: nn.Module, file: Path, stored: bool) -> nn.Module:
     """The module with weights from a file in float16, kept as ``build`` does."""
     save_file({k: t.half() for k, t in module.state_dict().items()}, file)
-    with torch.device("meta"), common._Unfilled():
+    with torch.device("meta"), common.Unfilled():
         twin = nn.Sequential(*(type(m)(m.in_features, m.out_features) for m in module))  # type: ignore[attr-defined]
     tensors = load_file(file)
     keep = keeper(Mappings([file]), twin.state_dict(keep_vars=True), stored)

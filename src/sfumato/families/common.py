@@ -41,7 +41,7 @@ from sfumato.text.tokenizer import Words, clip_words, t5_words
 M = TypeVar("M", bound=nn.Module)
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Lets modules be built without first values, which take seconds and are about to be replaced."""
 
     FILLS = frozenset({"uniform_", "normal_", "kaiming_uniform_", "xavier_uniform_", "fill_", "zero_"})
@@ -92,7 +92,7 @@ def build(
                     torch.manual_seed(0)
                     module = network(config)
             else:
-                with torch.device("meta"), _Unfilled():
+                with torch.device("meta"), Unfilled():
                     module = network(config)
         module = module.to(dtype or getattr(torch, DTYPES[model.keep.dtype][0]))
         keep = keeper(Mappings(model.files), module.state_dict(keep_vars=True), model.keep.low and not model.partial)

@@ -32,7 +32,7 @@ def match(model: Published, family: str) -> dict[str, LoadReport]:
     for component, tensors in model.tensors.items():
         try:
             network, config = _network(model, component, family)
-            with common.at_most(2 * len(tensors) + 100), torch.device("meta"):
+            with common.at_most(2 * len(tensors) + 100), torch.device("meta"), common.Unfilled():
                 module = network(config)
             reports[component] = load_into(module, tensors, partial=True)
         except (BadCheckpoint, ValueError, RuntimeError) as e:

@@ -164,7 +164,8 @@ _LOOKS = {
     *(
         getattr(Tensor, name).__get__
         for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "layout", "nbytes", "itemsize",
-                     "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "is_leaf", "grad", "is_mkldnn")
+                     "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "is_leaf", "grad",
+                     "grad_fn", "is_mkldnn")
     ),
     Tensor.dim, Tensor.numel, Tensor.size, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
     Tensor.element_size, Tensor.nelement, Tensor.__hash__, Tensor.__repr__, Tensor.stride, Tensor.is_contiguous,
