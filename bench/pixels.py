@@ -44,7 +44,9 @@ def main(models: list[str], rounds: int) -> None:
         row = {"model": name, "size": [d.width, d.height], "steps": d.steps, "GFLOP": round(flops / 1e9, 2)}
         print(json.dumps({**row, "median s": round(statistics.median(taken), 4), "least s": round(min(taken), 4)}))
     ratios = [b / a for a, b in zip(*times, strict=True)]
-    print(json.dumps({"operations": round(operations[1] / operations[0], 2), "time": round(statistics.median(ratios), 2)}))
+    print(
+        json.dumps({"operations": round(operations[1] / operations[0], 2), "time": round(statistics.median(ratios), 2)})
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def encoded(pictures: Pictures, encode: Callable[[Tensor], Tensor], key: str, fo
 
 def encoded_in_shapes(
     pictures: Pictures, encode: Callable[[Tensor], Tensor], key: str, folder: Path, batch: int = 128
-) -> Sequence[Tensor]:
+) -> Sequence[Tensor] | Tensor:
     """Return what ``encode`` makes of each picture, as ``encoded`` does, but for pictures of many shapes."""
     if pictures.shapes is None:
         return encoded(pictures, encode, key, folder, batch)

@@ -79,7 +79,7 @@ def deploy(settings: Settings, replicas: int) -> str:
 def main(settings: Settings) -> int:
     """Deploy, and stay until interrupted; the deployment ends with this process only if it started the cluster."""
     url = deploy(settings, settings.workers)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # in the place of Ray's handler, by way of what it does at exit
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # not by Ray's handler, whose code is 15
     print(f"sfumato serves on {url}", flush=True)
     while True:
         time.sleep(3600)
