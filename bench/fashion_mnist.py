@@ -86,19 +86,21 @@ class Sfumato:
         recipe = replace(self.recipe, data=replace(self.recipe.data, path=str(data.resolve())))
         pictures = load_pictures(recipe.data, recipe.model.size, Path(), channels=1)
 
-        def run(recipe: Recipe, name: str, limit: float) -> tuple[int, float]:
-            """Train until done or over the limit, and return steps and CPU seconds."""
+        def run(recipe: Recipe, name: str, limit: float) -> list[float]:
+            """Train until done or over the limit, and return the CPU seconds at which each step was done."""
             task, watch = DenoiserTask(recipe, pictures, folder / name), Watch(limit)
             with suppress(Enough):
                 train(task, recipe, folder / name, watch)
-            return watch.steps, watch.clock.seconds
+            return [*watch.times, watch.clock.seconds]
 
-        steps, spent = run(replace(recipe, steps=1 << 20), f"trial-{time.time_ns()}", min(self.trial, budget / 5))
-        steps = int((budget - spent) / spent * steps * 0.97)
+        *times, spent = run(replace(recipe, steps=1 << 20), f"trial-{time.time_ns()}", min(self.trial, budget / 20))
+        half = len(times) // 2  # the first steps are slow
+        each = (times[-1] - times[half]) / (len(times) - 1 - half)
+        steps = max(1, int((budget - spent - times[0]) / each * 0.98))
         recipe = replace(recipe, steps=steps, checkpoint_every=1 << 30)
-        task_steps, seconds = run(recipe, f"run-{steps}", float("inf"))
+        seconds = run(recipe, f"run-{steps}", float("inf"))[-1]
         (folder / "final.safetensors").write_bytes((folder / f"run-{steps}/final.safetensors").read_bytes())
-        return {"seconds": spent + seconds, "steps": task_steps, "batch": recipe.batch}
+        return {"seconds": spent + seconds, "steps": steps, "batch": recipe.batch}
 
     def sample(self, folder: Path, labels: list[int], first: int) -> Tensor:
         pipe = load(folder / "final.safetensors", batch=PART)
@@ -144,13 +146,13 @@ class Enough(Exception):
 class Watch(Progress):
     def __init__(self, limit: float):
         super().__init__(quiet=True)
-        self.limit, self.steps, self.clock = limit, 0, Clock()
+        self.limit, self.clock, self.times = limit, Clock(), list[float]()
 
     def step(self, done: int, loss: float, levels: Any, pictures: int) -> None:
-        self.steps = done
+        self.times.append(self.clock.seconds)
         if done % 100 == 0:
             print(f"  step {done}: loss {loss:.4f}, {self.clock.seconds:.0f} s", flush=True)
-        if self.clock.seconds > self.limit:
+        if self.clock.seconds > self.limit and done >= 4:
             raise Enough
 
 
@@ -195,6 +197,7 @@ class SmallDiffusion:
                 x = images[i][None].float() / 127.5 - 1
                 return (x.flip(-1) if torch.rand(()) < 0.5 else x), labels[i]
 
+        peers.without_accelerators_state()
         accelerator = Accelerator(mixed_precision="no", cpu=True)  # bf16 is no faster for this network
         loader = DataLoader(Flipped(), batch_size=self.batch, shuffle=True)
         average = {k: v.clone() for k, v in network.state_dict().items()}
@@ -232,6 +235,7 @@ class Lucidrains:
         peers.without_torchvision_kernels()
         from denoising_diffusion_pytorch import Unet
 
+        peers.without_accelerators_state()
         return peers.lucidrains_trainer(
             Unet(32, dim_mults=(1, 2, 4), channels=1),
             pictures,

@@ -55,6 +55,13 @@ def lucidrains_trainer(network: nn.Module, folder: Path, results: Path, size: in
     )
 
 
+def without_accelerators_state() -> None:
+    """Forget the precision that Accelerate keeps for the whole process, so that a second trainer may have another."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @contextmanager
 def silent_bars() -> Iterator[None]:
     """Keep tqdm's bars, and what a Trainer prints at the end of every call, off the terminal."""

@@ -169,7 +169,7 @@ def contenders(
         found["sfumato, compiled"] = Stepwise(Task(pictures, other), replace(recipe, compile=True), folder / "compiled")
     try:
         peers.without_torchvision_kernels()
-        import accelerate  # noqa: F401
+        peers.without_accelerators_state()
         import denoising_diffusion_pytorch  # noqa: F401
         from torch.utils.data import DataLoader
         from torchvision import transforms
