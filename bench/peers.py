@@ -42,7 +42,7 @@ def lucidrains_trainer(network: nn.Module, folder: Path, results: Path, size: in
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, denoising_diffusion_pytorch
 
     denoising_diffusion_pytorch.cpu_count = lambda: 0  # its loader's workers would escape the CPU clock
-    diffusion = GaussianDiffusion(network, image_size=size, sampling_timesteps=50)  # the network says its channels
+    diffusion = GaussianDiffusion(network, image_size=size, sampling_timesteps=20)  # the network says its channels
     return Trainer(
         diffusion,
         folder,
