@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -74,6 +75,20 @@ def measure(engine: str, folder: str, side: int, threads: int, steps: int) -> di
     }  # fmt: skip
 
 
+TOUCHED = 7 << 30  # bytes
+
+
+def warm(folder: Path) -> None:
+    """Read every file, and touch as much memory as a load takes: neither gets from the disk, or from a host that hands
+    out memory slowly, what the other finds at hand."""
+    subprocess.run([sys.executable, "-c", f"b'x' * {TOUCHED}"], check=True)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
+
+
 def main() -> None:
     """Measure both in turn and print the medians."""
     parser = argparse.ArgumentParser()
@@ -91,6 +106,7 @@ def main() -> None:
     options = [f"--{k}={getattr(a, k)}" for k in ("side", "threads", "steps")]
     for _ in range(a.repeats):
         for engine, rows in results.items():
+            warm(Path(a.folder))
             command = [sys.executable, __file__, a.folder, "--child", engine, *options]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
