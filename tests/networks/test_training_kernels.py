@@ -37,7 +37,7 @@ def test_attention_that_learns_in_bf16_is_nearer_to_float64_than_bf16_is(autocas
         return [out, *torch.autograd.grad(out.double().pow(2).sum(), inputs)]
 
     def errors(found: list[Tensor]) -> float:
-        return sum(float((a.double() - b).pow(2).mean()) for a, b in zip(found, exact, strict=True))
+        return sum((a.detach().double() - b).pow(2).mean().item() for a, b in zip(found, exact, strict=True))
 
     exact = results(dot_product_attention, torch.float64)
     assert errors(results(dot_product_attention, torch.bfloat16)) < errors(
