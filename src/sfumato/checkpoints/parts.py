@@ -55,7 +55,8 @@ def read_controlnet(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
     """Read a ControlNet; BadCheckpoint, naming the file, for what is none."""
     if path.is_dir():
         return _folder(path, "ControlNetModel", allow_pickle)
-    raw = {k.removeprefix("control_model."): t for k, t in _tensors(path, allow_pickle).items() if _is_control(k)}
+    tensors = weights(path, allow_pickle=allow_pickle)
+    raw = {k.removeprefix("control_model."): t for k, t in tensors.items() if _is_control(k)}
     shapes = {k: tuple(t.shape) for k, t in raw.items()}
     try:
         if "controlnet_cond_embedding.conv_in.weight" in raw:
@@ -72,7 +73,7 @@ def read_autoencoder(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
     """Read an autoencoder, the KL one or the tiny one, whole or the decoder alone; BadCheckpoint for what is none."""
     if path.is_dir():
         return _folder(path, "AutoencoderKL or AutoencoderTiny", allow_pickle)
-    raw = _tensors(path, allow_pickle)
+    raw = weights(path, allow_pickle=allow_pickle)
     prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in raw) else ""
     raw = {k.removeprefix(prefix): t for k, t in raw.items() if k.startswith(prefix)}
     raw = {k: t for k, t in raw.items() if not re.match(r"loss\.|model_ema\.", k)}
@@ -100,7 +101,7 @@ def read_ip_adapter(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
     """Read an IP-Adapter; BadCheckpoint, naming the file, for what is none, or of a kind that cannot be followed."""
     if path.is_dir():
         raise BadCheckpoint(f"{path}: a folder; name the IP-Adapter's own file in it")
-    raw = _tensors(path, allow_pickle)
+    raw = weights(path, allow_pickle=allow_pickle)
     shapes = {k: tuple(t.shape) for k, t in raw.items()}
     if not any(re.fullmatch(r"ip_adapter\.\d+\.to_k_ip\.weight", k) for k in raw):
         raise BadCheckpoint(f"{path}: no IP-Adapter: {describe_foreign(shapes)}")
@@ -129,7 +130,7 @@ def read_image_encoder(path: Path, *, allow_pickle: bool = False) -> PartOfModel
     files = weight_files(path, allow_pickle=allow_pickle)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= _tensors(file, allow_pickle)
+        tensors |= weights(file, allow_pickle=allow_pickle)
     own = ("vision_model.", "visual_projection.")
     kept = {k: t for k, t in tensors.items() if k.startswith(own) and not k.endswith(".position_ids")}
     return PartOfModel(config, kept, tuple(files))
@@ -162,10 +163,6 @@ def _describe_ip_adapter(s: Shapes) -> dict[str, Any]:
         "head_dim": queries // heads,
         "expanded": s["image_proj.layers.0.1.1.weight"][0],
     }
-
-
-def _tensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    return weights(path, allow_pickle=allow_pickle)
 
 
 def _folder(path: Path, what: str, allow_pickle: bool) -> PartOfModel:
@@ -292,7 +289,7 @@ def read_denoiser(path: Path, base: Json, *, allow_pickle: bool = False) -> Part
 
     Raises BadCheckpoint for what is none.
     """
-    raw = _tensors(path, allow_pickle)
+    raw = weights(path, allow_pickle=allow_pickle)
     for part, sign in DENOISERS.items():
         prefix = next((p for p in (part.prefix, "") if f"{p}{sign}" in raw), None)
         if prefix is None:
