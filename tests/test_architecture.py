@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "sfumato"
 
-LEAVES = {"errors", "files", "config", "decode", "pixels"}  # modules that any room may use
+LEAVES = {"errors", "console", "files", "config", "decode", "pixels"}  # modules that any room may use
 ROOMS: dict[str, set[str]] = {
     "diffusion": set(),
     "networks": set(),

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato.cli import main, request_of
+from sfumato.cli import main
+from sfumato.cli.flags import add_request_flags, request_of
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.request import Request
@@ -364,7 +365,7 @@ def test_an_unexpected_error_is_one_line_too(run: Run, monkeypatch: pytest.Monke
     def fault(*_: object) -> None:
         raise RuntimeError("a fault\nof ours")
 
-    monkeypatch.setattr("sfumato.cli.request_of", fault)
+    monkeypatch.setattr("sfumato.cli.generate.request_of", fault)
     code, _, err = run("generate", "a")
     assert code == 1
     assert one_line(err)
@@ -380,8 +381,6 @@ def test_train_reads_its_own_flags(run: Run) -> None:
 
 def test_every_field_of_a_request_has_its_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
-
-    from sfumato.cli import add_request_flags
 
     parser = argparse.ArgumentParser()
     add_request_flags(parser)

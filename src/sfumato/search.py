@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from sfumato.console import Parser, printable
 from sfumato.errors import BadData, BadRequest
 
 if TYPE_CHECKING:
@@ -100,16 +101,10 @@ def _keep(cache: Cache, clip: CLIP, known: Mapping[str, Tensor]) -> None:
     cache.put("search", clip.hash, {"keys": keys, "vectors": torch.stack(list(known.values()))})
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadRequest(f"{message}; see `{self.prog} --help`")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="sfumato search",
         description="Find pictures by words. What was looked at is kept, so that the next search is quick.",
-        allow_abbrev=False,
     )
     parser.add_argument("pictures", metavar="PICTURES", help="folder, .parquet or .tar; or 'sample'")
     parser.add_argument("words", metavar="WORDS", help="what the pictures should show")
@@ -136,7 +131,7 @@ def main(argv: list[str]) -> int:
         raise BadRequest(f"{sheet} exists already; --force replaces it")
 
     from sfumato.data.config import DataConfig
-    from sfumato.data.sources import open_source, printable
+    from sfumato.data.sources import open_source
     from sfumato.evaluation.cache import Cache, default_folder
     from sfumato.families.clip import load_clip
     from sfumato.files import write_atomically

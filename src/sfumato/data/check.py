@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sfumato.console import printable
 from sfumato.data.captions import MAX_CHARACTERS
 from sfumato.data.pictures import problem, watched
 from sfumato.data.report import Bad, Report
-from sfumato.data.sources import Source, printable
+from sfumato.data.sources import Source
 from sfumato.decode import PictureError, decode, fit
 
 FEW = 20  # columns of at most so many values are worth counting

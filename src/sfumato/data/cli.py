@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from sfumato.console import Parser, print_json, printable
 from sfumato.errors import BadData, BadRequest
 
 if TYPE_CHECKING:
@@ -15,14 +16,9 @@ if TYPE_CHECKING:
 SHOWN = 20  # bad files and duplicates that are printed; --json lists all
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadRequest(f"{message}; see `{self.prog} --help`")
-
-
 def main(argv: list[str]) -> int:
     """Run ``sfumato data`` with its arguments and return the exit code; raises SfumatoError for bad input."""
-    parser = _Parser(prog="sfumato data", description="Look at data, or prepare them.", allow_abbrev=False)
+    parser = Parser(prog="sfumato data", description="Look at data, or prepare them.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     sub = commands.add_parser("check", help="count, and list what is bad", description=_check.__doc__)
@@ -68,9 +64,7 @@ def _check(args: argparse.Namespace) -> int:
     if sheet is not None:
         write_atomically(sheet, contact_sheet(findings.cells))
     if args.json:
-        import json
-
-        print(json.dumps(findings.to_dict()))
+        print_json(findings.to_dict())
     else:
         _print(findings, captions)
         if sheet is not None:
@@ -79,8 +73,6 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _print(findings: Findings, captions: str) -> None:
-    from sfumato.data.sources import printable
-
     facts = findings.to_dict()
     print(f"pictures      {facts['total']}: {facts['ok']} good, {len(facts['bad'])} bad")
     if facts["ignored"]:

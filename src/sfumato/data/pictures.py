@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato.console import printable
 from sfumato.data.buckets import Buckets, Shape, join_small, nearest_shape, rng, shapes_within
 from sfumato.data.captions import TEXT_COLUMNS, caption_problem, check_columns, write_caption
 from sfumato.data.config import DataConfig
 from sfumato.data.report import Bad, Report
-from sfumato.data.sources import Record, Source, open_source, printable
+from sfumato.data.sources import Record, Source, open_source
 from sfumato.decode import PictureError, decode, fit, to_array
 from sfumato.errors import BadData, NoResources, nearest
 from sfumato.pixels import signed

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.data.sources import printable
+from sfumato.console import printable
 from sfumato.errors import BadData
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sfumato.console import printable
 from sfumato.data.captions import MAX_CHARACTERS
 from sfumato.decode import MAX_BYTES, SUFFIXES, UNSUPPORTED, PictureError
 from sfumato.errors import BadData, nearest
@@ -92,11 +93,6 @@ def open_source(path: Path) -> Source:
         f"{printable(str(path))} is neither a folder, a parquet file nor a tar shard"
         + (" (a compressed tar cannot be read at random: unpack it)" if head.startswith(b"\x1f\x8b") else "")
     )
-
-
-def printable(text: str) -> str:
-    """Escape what could upset a terminal or a log."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _nearby(path: Path) -> str:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from sfumato.console import Parser
 from sfumato.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -23,16 +24,10 @@ if TYPE_CHECKING:
 OF_A_MODEL = ("grid", "seed", "steps", "sampler", "guidance")  # settings that only pictures made have
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadRequest(f"{message}; see `{self.prog} --help`")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="sfumato evaluate",
         description="Measure a model's pictures against real ones. What was made is kept: the same command goes on.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="weight file, training run or name (default: the one built in)"

@@ -6,7 +6,6 @@ sfumato convert v1-5-pruned.safetensors v1-5/
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from sfumato.checkpoints.folder import read_folder, write_folder
 from sfumato.checkpoints.formats import form_of, weights
 from sfumato.checkpoints.published import Published
 from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file, write_tensors
+from sfumato.console import Parser
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import locate, recognize
 from sfumato.text.tokenizer import END, START, clip_vocabulary, packaged_merges, packaged_pairs
@@ -91,7 +91,7 @@ def _with_tokenizers(model: Published) -> Published:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``sfumato convert``; returns the exit code, and lets SfumatoError through."""
-    parser = argparse.ArgumentParser(prog="sfumato convert", description="Folder to single file, or the other way.")
+    parser = Parser(prog="sfumato convert", description="Folder to single file, or the other way.")
     parser.add_argument("source", help="a published folder, a single file, or a model's id on the hub")
     parser.add_argument("target", type=Path, help="where to write the other form; it must not exist")
     parser.add_argument("--allow-pickle", action="store_true", help="read .ckpt and .pt files too, in a process apart")

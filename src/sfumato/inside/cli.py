@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from sfumato.console import Parser
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.files import write_atomically
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadRequest(f"{message}; see `{self.prog} --help`")
-
-
 def main(argv: Sequence[str]) -> int:
     """Explain a picture."""
-    parser = _Parser(
+    parser = Parser(
         prog="sfumato explain",
         description="Draw a picture again and explain it in one HTML file: its path out of the noise, where its words "
         "looked, what guidance and samplers do to it, and its noise schedule.",
-        allow_abbrev=False,
     )
     parser.add_argument("picture", metavar="PICTURE.png", help="a picture that sfumato made")
     parser.add_argument("--out", metavar="FILE.html", help="file to write (default: beside the picture)")

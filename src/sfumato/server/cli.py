@@ -10,8 +10,9 @@ import socket
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from sfumato.console import Parser
 from sfumato.errors import BadRequest, NoResources
 from sfumato.server.settings import PORT, Limits, Settings
 
@@ -28,11 +29,6 @@ HELP = {
     "queue": "jobs that wait",
     "uploads": "bytes of kept pictures that clients sent",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadRequest(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,7 +82,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sfumato serve", description="Serve pictures over HTTP.", allow_abbrev=False)
+    parser = Parser(prog="sfumato serve", description="Serve pictures over HTTP.")
     add = parser.add_argument
     add("--model", metavar="M", action="append", default=[], help="weight file or name of a model; may be given again")
     add(

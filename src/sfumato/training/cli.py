@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sfumato.console import Parser
 
 if TYPE_CHECKING:
     from sfumato.training.loop import Watch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Run ``sfumato train`` with its arguments and return the exit code; raises SfumatoError for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sfumato train",
         description="Train a model. The same command resumes a run that was stopped.",
     )

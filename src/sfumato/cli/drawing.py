@@ -1,0 +1,73 @@
+"""Pictures drawn with a bar of progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.console import printable
+
+if TYPE_CHECKING:
+    from sfumato.pipeline.picture import Picture
+    from sfumato.pipeline.pipeline import Pipeline
+    from sfumato.pipeline.request import Request
+    from sfumato.pixels import Pixels
+
+
+def tell_canvas(request: Request, pipe: Pipeline) -> None:
+    """Say on stderr what is done to the picture to start from."""
+    from sfumato.pipeline.canvas import canvas_of
+
+    canvas = canvas_of(request, pipe.model)
+    if canvas is not None and canvas.told and request.init is not None:
+        name = Path(request.init.name).name or "init"
+        sys.stderr.write(printable(f"{name}: {', '.join(canvas.told)}") + "\n")
+
+
+def draw(pipe: Pipeline, request: Request, *, film: bool = False) -> tuple[list[Picture], list[Pixels]]:
+    """Return the pictures and, if asked for, a frame for each step."""
+    from sfumato.pipeline.picture import Picture, sheet
+
+    pictures: list[Picture] = []
+    frames: list[Pixels] = []
+    with _progress(pipe.steps(request)) as advance:
+        for event in pipe.run(request):
+            if isinstance(event, Picture):
+                pictures.append(event)
+                continue
+            advance()
+            if film:
+                frames.append(sheet(pipe.pixels(event.preview)))
+    if film:
+        last = sheet([p.pixels for p in pictures])
+        frames = [_as_large(f, last) for f in frames] + [last]
+    return pictures, frames
+
+
+def _as_large(frame: Pixels, other: Pixels) -> Pixels:
+    """A frame of the size of another, for films of pictures that are enlarged on their way."""
+    from sfumato.pipeline.canvas import cover
+
+    if frame.shape == other.shape:
+        return frame
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(cover(Image.fromarray(frame), (other.shape[1], other.shape[0])))
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[], None]]:
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing", total=steps)
+        yield lambda: bar.advance(task)

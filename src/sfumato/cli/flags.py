@@ -1,0 +1,110 @@
+"""Flags that several commands share, and what they say."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from sfumato.errors import BadRequest
+from sfumato.pipeline.inputs import PictureFile
+from sfumato.pipeline.request import Request
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of ``Request``; ``request_of`` reads them."""
+    for f in fields(Request):
+        flags: tuple[str, ...] = f.metadata["flags"]
+        if f.name == "prompt":
+            parser.add_argument("prompt", metavar="PROMPT", help=f.metadata["help"])
+        elif f.name == "width":
+            parser.add_argument("--size", metavar="WxH", help="width and height in pixels, before --upscale")
+        elif flags:
+            parser.add_argument(*flags, dest=f.name, metavar=f.metadata["metavar"], help=f.metadata["help"])
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """Read the request from parsed flags; raises BadRequest."""
+    settings: dict[str, Any] = {}
+    for f in fields(Request):
+        text: str | None = getattr(args, f.name, None)
+        if text is not None:
+            settings[f.name] = _value(f.name, str(f.type), text)
+    if args.size is not None:
+        width, x, height = args.size.lower().partition("x")
+        if not (x and width.isdecimal() and height.isdecimal() and len(args.size) < 20):
+            raise BadRequest(f"size must be WxH in pixels, such as 32x32, not {args.size!r}")
+        settings |= {"width": int(width), "height": int(height)}
+    return Request.from_dict(settings)
+
+
+def _value(name: str, kind: str, text: str) -> Any:
+    """Give a flag's text its field's type; text that cannot have it is left for the request to refuse."""
+    if kind.startswith("PictureFile"):
+        return PictureFile.open(name, text)
+    try:
+        if kind.startswith("int"):
+            return int(text)
+        if kind.startswith("float"):
+            return float(text)
+        if kind.startswith("tuple"):
+            number = int if kind.startswith("tuple[int") else float
+            return tuple(number(part) for part in text.split(","))
+    except ValueError:
+        pass
+    return text
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ``load_pipeline`` reads."""
+    add = parser.add_argument
+    add("--model", metavar="M", help="weight file, folder or name of a model (default: the one built in)")
+    several: dict[str, Any] = {"action": "append", "default": []}
+    add("--lora", metavar="FILE[:W]", **several, help="add a LoRA, with weight W (default: 1); may be given again")
+    add("--embedding", metavar="WORD=FILE", **several, help="teach prompts a learned word; may be given again")
+    add("--vae", metavar="FILE", help="use another autoencoder, such as a tiny one, or another decoder")
+    add("--denoiser", metavar="FILE", help="use another denoiser, such as a GGUF file, with the model's other parts")
+    add("--control", metavar="FILE", help="add a ControlNet, which follows --control-image")
+    add("--ip-adapter", metavar="FILE", help="add an IP-Adapter, which follows --image-prompt")
+    add("--image-encoder", metavar="FOLDER", help="the IP-Adapter's (default: image_encoder beside it or in the model)")
+    add_reading_flags(parser)
+    add("--tile", metavar="PIXELS", help="decode in tiles so wide, 0 in none (default: 1024 above 2048x2048 pixels)")
+    add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")
+    add("--dtype", metavar="fp32|bf16", help="type to compute in (default: fp32)")
+    add(
+        "--memory",
+        default="auto",
+        metavar="auto|normal|low",
+        help="low leaves weights in their file, for the same pictures (default: low if they would not fit)",
+    )
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how files of weights are read."""
+    add = parser.add_argument
+    add("--variant", metavar="NAME", help="which files of a folder to take, such as fp16")
+    add("--allow-pickle", action="store_true", help="read .ckpt, .pt and .bin too, in a process that can do little")
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where pictures go, and how large."""
+    parser.add_argument("--out", metavar="PATH", help="file or folder to write to (default: a new file in outputs/)")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+    parser.add_argument("--scale", metavar="N", help="draw each pixel N times as large (default: until 256 wide)")
+    add_json_flag(parser)
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def scale_of(text: str | None) -> int | None:
+    """Read what ``--scale`` says; raises BadRequest."""
+    if text is None:
+        return None
+    from sfumato.pipeline.picture import MAX_SCALE
+
+    if not (text.isdecimal() and len(text) < 5 and 1 <= int(text) <= MAX_SCALE):
+        raise BadRequest(f"scale must be a whole number from 1 to {MAX_SCALE}, not {text!r}")
+    return int(text)
