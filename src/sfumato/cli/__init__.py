@@ -26,7 +26,7 @@ COMMANDS = {  # name → module whose ``main(argv) -> int`` reads the command's 
     "info": ("sfumato.cli.info", "show what a picture or a weight file says of itself"),
     "explain": (
         "sfumato.inside.cli",
-        "look inside a picture: its path, its words, guidance, samplers, in one HTML file",
+        "look inside a picture: its path, its words, guidance, samplers",
     ),
     "samplers": ("sfumato.cli.samplers", "list samplers, spacings and guidance, with other tools' names for them"),
     "search": ("sfumato.search", "find pictures by words"),
