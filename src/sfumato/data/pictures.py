@@ -70,8 +70,15 @@ class Pictures:
         return len(self.rows)
 
     def caption(self, index: int, rng: random.Random) -> str:
-        """Write the words for one picture."""
-        return write_caption(self.rows[index], self.config.captions, self.config.dropout, rng)
+        """Write the words for one picture, or draw them from its variants."""
+        c = self.config
+        if not c.variants:
+            return write_caption(self.rows[index], c.captions, c.dropout, rng)
+        return "" if rng.random() < c.dropout else self.variant(index, rng.randrange(c.variants))
+
+    def variant(self, index: int, k: int) -> str:
+        """Return one of a picture's ``data.variants`` captions."""
+        return write_caption(self.rows[index], self.config.captions, 0.0, random.Random(f"{index}/{k}"))
 
     def order(self, seed: int, epoch: int, bucket: int = 0) -> np.ndarray:
         """Return the indices of one epoch of a bucket: a permutation in which weights set how often each is drawn.

@@ -124,9 +124,13 @@ class Native(nn.Module):
         self.autoencoder = CompactAutoencoder(config.autoencoder) if whole and config.autoencoder else None
         self.preview = PreviewDecoder(config.preview) if whole and config.preview else None
 
-    def forward(self, x: Tensor, clock: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Denoise x (B, C, H, W) at clock (B,) under token ids (B, M); for training."""
-        return self.network(x, clock, **self.text(ids, mask))
+    def forward(self, x: Tensor, clock: Tensor, words: Mapping[str, Tensor]) -> Tensor:
+        """Denoise x (B, C, H, W) at clock (B,) under ``words`` as ``states`` takes them; for training."""
+        return self.network(x, clock, **self.states(words))
+
+    def states(self, words: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Encode ``ids`` and ``mask`` (B, M); what the tower has encoded before is returned as it is."""
+        return self.text(**words) if "ids" in words else words
 
 
 def metadata(config: NativeConfig, tokenizer: Tokenizer, card: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sfumato.data.pictures import Batch, Row
+from sfumato.data.words import Words
 from sfumato.families.native import Native, NativeConfig, metadata
 from sfumato.files import write_atomically
 from sfumato.networks.compact import CompactAutoencoder, PreviewDecoder
@@ -28,7 +29,7 @@ from sfumato.training.objective import DenoisingObjective, Losses
 from sfumato.training.recipe import Recipe
 from sfumato.training.world import World
 
-COMPILED_WIDTH = 24  # tokens, of which captions are cut to a multiple for a compiled network
+COMPILED_WIDTH = 24  # tokens, to a multiple of which captions are filled for a compiled network
 
 
 class Source(Protocol):
@@ -49,11 +50,10 @@ class Source(Protocol):
 
 
 class Prepared(NamedTuple):
-    """One micro-batch: x0 (B, C, H, W), token ids and mask (B, M), uniform numbers (B,), noise like x0, features."""
+    """One micro-batch: x0 (B, C, H, W), words as ``Native.states`` takes them, uniform numbers (B,), noise like x0."""
 
     x0: Tensor
-    ids: Tensor
-    mask: Tensor
+    words: dict[str, Tensor]
     u: Tensor
     eps: Tensor
     features: Tensor | None = None  # (B, N, F) that the states are aligned with
@@ -68,10 +68,10 @@ class Aligned(Native):
         self.layer, dim = layer, self.network.config.dim
         self.projector = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, features))
 
-    def forward(self, x: Tensor, clock: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor, clock: Tensor, words: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The prediction (B, C, H, W) and the projected states (B, N, F)."""
         assert isinstance(self.network, WordedTransformer)
-        out, states = self.network.states(x, clock, **self.text(ids, mask), layer=self.layer)
+        out, states = self.network.states(x, clock, **self.states(words), layer=self.layer)
         return out, self.projector(states)
 
 
@@ -82,7 +82,11 @@ class DenoiserTask:
         pictures: what is denoised: pictures, or their latents.
         autoencoder, preview: of the latents, to be written into the model's file.
         features: (index of the picture → (N, F)) what states are aligned with, where the recipe asks for it.
+
+    ``words`` may be set to the captions as the text tower, then frozen, encodes them.
     """
+
+    words: Words | None = None
 
     def __init__(
         self,
@@ -114,16 +118,26 @@ class DenoiserTask:
     def fetch(self, places: range) -> Prepared:
         """Prepare pictures, token ids, levels and noise for some places of the endless order."""
         batch = self.pictures.take(self.recipe.seed, places)
-        ids, mask = self.module.text.tokenize(batch.captions)
-        if self.recipe.compile:  # few widths, so that few are compiled
-            spare = min(-ids.shape[1] % COMPILED_WIDTH, self.recipe.model.text.max_tokens - ids.shape[1])
-            ids, mask = F.pad(ids, (0, spare), value=int(ids[0, -1])), F.pad(mask, (0, spare))
+        words = self._read(batch.captions)
         u, eps = draws(self.recipe.seed, places, batch.x0.shape[1:])
         features = None
         if self.features is not None and batch.indices is not None:
             until = self.recipe.latents.align_until * self.recipe.steps * self.recipe.batch
             features = self.features[batch.indices] if places.start < until else None
-        return Prepared(batch.x0, ids, mask, u, eps, features)
+        return Prepared(batch.x0, words, u, eps, features)
+
+    def _read(self, captions: list[str]) -> dict[str, Tensor]:
+        """Turn captions into token ids, or into the states that are known of them."""
+        if self.words is None:
+            ids, mask = self.module.text.tokenize(captions)
+            words = {"ids": ids, "mask": mask}
+        else:
+            words = self.words.take(captions)
+        if not self.recipe.compile:
+            return words
+        width = words["mask"].shape[1]  # few widths, so that few are compiled
+        spare = min(-width % COMPILED_WIDTH, self.recipe.model.text.max_tokens - width)
+        return words | {k: _filled(words[k], spare) for k in words.keys() - {"pooled"}}
 
     def fingerprint(self) -> str:
         """SHA-256 of the pictures and their columns."""
@@ -132,14 +146,15 @@ class DenoiserTask:
     def losses(self, module: Callable[..., Any], batch: Prepared) -> Losses:
         """Return the losses of one micro-batch."""
         device = next(self.module.parameters()).device
-        x0, ids, mask, u, eps = (v.to(device) for v in batch[:5])
+        x0, u, eps = (v.to(device) for v in (batch.x0, batch.u, batch.eps))
+        words = {k: v.to(device) for k, v in batch.words.items()}
         x0, eps = (v.contiguous(memory_format=torch.channels_last) for v in (x0, eps))
         if self.features is None:
-            return self.objective(lambda x, clock: module(x, clock, ids, mask), x0, u, eps)
+            return self.objective(lambda x, clock: module(x, clock, words), x0, u, eps)
         projected: list[Tensor] = []
 
         def network(x: Tensor, clock: Tensor) -> Tensor:
-            out, states = module(x, clock, ids, mask)
+            out, states = module(x, clock, words)
             projected.append(states)
             return out
 
@@ -147,7 +162,7 @@ class DenoiserTask:
         if batch.features is None:  # every parameter takes part in every step
             return replace(losses, loss=losses.loss + 0.0 * projected[0].float().mean((1, 2)))
         likeness = F.cosine_similarity(projected[0].float(), batch.features.to(device).float(), dim=-1).mean(1)
-        return replace(losses, loss=losses.loss - self.recipe.latents.align * likeness)
+        return replace(losses, loss=losses.loss - self.recipe.latents.align * likeness, error=losses.loss)
 
     def export(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write a model file: fp16 weights, and metadata that say how to build it."""
@@ -170,6 +185,11 @@ class DenoiserTask:
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's own weights, without what was only of use in training."""
         return {k: v for k, v in weights.items() if not k.startswith("projector.")}
+
+
+def _filled(v: Tensor, spare: int) -> Tensor:
+    """Lengthen (B, M, …) by columns that the mask leaves out."""
+    return torch.cat([v, v.new_zeros(len(v), spare, *v.shape[2:])], 1)
 
 
 def _learn_tokenizer(pictures: Source, vocabulary: int, path: Path) -> None:

@@ -24,10 +24,14 @@ from sfumato.training.recipe import ObjectiveConfig
 
 @dataclass(frozen=True)
 class Losses:
-    """Each picture's loss (B,), and the share of the schedule's range its level was drawn at (B,)."""
+    """Each picture's loss (B,), and the share of the schedule's range its level was drawn at (B,).
+
+    ``error`` (B,) is what is shown by level, where the loss holds more than depends on it.
+    """
 
     loss: Tensor
     place: Tensor
+    error: Tensor | None = None
 
 
 def _uniform(config: ObjectiveConfig, u: Tensor) -> Tensor:
@@ -97,6 +101,7 @@ def _flat(clock: Any, n: int, like: Tensor) -> Tensor:
 
 
 def loss_by_level(losses: Losses, bins: int = 4) -> list[float]:
-    """Mean loss in equal slices of the schedule's range, cleanest first; NaN where none fell."""
+    """Mean error in equal slices of the schedule's range, cleanest first; NaN where none fell."""
     slot = (losses.place * bins).long().clamp(max=bins - 1)
-    return [float(losses.loss.detach()[slot == i].mean()) if (slot == i).any() else math.nan for i in range(bins)]
+    error = (losses.loss if losses.error is None else losses.error).detach()
+    return [float(error[slot == i].mean()) if (slot == i).any() else math.nan for i in range(bins)]

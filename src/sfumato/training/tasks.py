@@ -34,6 +34,7 @@ def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -
 
 
 def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.data.words import captions_of, encoded_words
     from sfumato.training.denoiser import DenoiserTask
     from sfumato.training.start import align_features, start_denoiser, start_preview, start_text
 
@@ -48,6 +49,10 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
     task = DenoiserTask(recipe, latents, run, world, network, preview, features)
     start_text(recipe, task.module, root)
     start_denoiser(recipe, task.module, root)
+    if recipe.latents.text and recipe.latents.freeze_text and recipe.data.variants:
+        text = task.module.text.eval()
+        key = f"{sha256(root / recipe.latents.text)}/{recipe.model.text}/{text.tokenizer.to_str()}"
+        task.words = encoded_words(captions_of(latents.pictures), text.encode, key, run / "cache")
     return task
 
 

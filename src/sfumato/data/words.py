@@ -1,0 +1,76 @@
+"""Captions as a frozen text tower encodes them: each once, kept in a file that is named by what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sfumato.data.pictures import Pictures
+from sfumato.files import write_atomically
+
+Encode = Callable[[list[str]], Mapping[str, Tensor]]  # captions → context (B, M, D), mask (B, M), pooled (B, D)
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """The states of captions, T tokens in all.
+
+    Args:
+        places: caption → its row of ``pooled`` and of ``starts``.
+        starts: where each caption's tokens begin in ``context``, and where the last one's end.
+        context: fp16 (T, D); ``pooled``: fp16 (captions, D).
+    """
+
+    places: Mapping[str, int]
+    starts: Sequence[int]
+    context: Tensor
+    pooled: Tensor
+
+    def take(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the captions' context (B, M, D), mask (B, M) and pooled (B, D), in fp32."""
+        rows = [self.places[caption] for caption in captions]
+        states = [self.context[self.starts[i] : self.starts[i + 1]].float() for i in rows]
+        lengths = torch.tensor([len(s) for s in states])
+        context = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        mask = torch.arange(context.shape[1])[None] < lengths[:, None]
+        return {"context": context, "mask": mask, "pooled": self.pooled[rows].float()}
+
+
+def captions_of(pictures: Pictures) -> list[str]:
+    """Return every caption that can be drawn, each once; ``data.variants`` must be set."""
+    drawn = {pictures.variant(i, k) for i in range(len(pictures)) for k in range(pictures.config.variants)}
+    return sorted({"", *drawn}, key=lambda caption: (len(caption), caption))  # alike in length: little padding
+
+
+def encoded_words(captions: list[str], encode: Encode, key: str, folder: Path, batch: int = 256) -> Words:
+    """Return what ``encode`` makes of captions, from the folder where it is known already.
+
+    Args:
+        key: names ``encode`` and all that it depends on; the file's name is a hash of it and of the captions.
+    """
+    path = folder / f"{hashlib.sha256(json.dumps([key, captions]).encode()).hexdigest()[:32]}.safetensors"
+    if path.exists():
+        stored = load(path.read_bytes())
+    else:
+        context: list[Tensor] = []
+        pooled: list[Tensor] = []
+        lengths = [0]
+        with torch.no_grad():
+            for i in range(0, len(captions), batch):
+                states = encode(captions[i : i + batch])
+                context.append(states["context"][states["mask"]].half())
+                pooled.append(states["pooled"].half())
+                lengths += states["mask"].sum(1).tolist()
+        starts = torch.tensor(lengths).cumsum(0)
+        stored = {"context": torch.cat(context).cpu(), "pooled": torch.cat(pooled).cpu(), "starts": starts}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(stored))
+    places = {caption: i for i, caption in enumerate(captions)}
+    return Words(places, stored["starts"].tolist(), stored["context"], stored["pooled"])
