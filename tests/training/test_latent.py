@@ -204,9 +204,9 @@ PREVIEW = {"latent_channels": 3, "widths": [4, 6], "patch": 2, "blocks": 1}
 
 def preview(autoencoder: str, **shape: object) -> dict:
     return {
-        **COMMON, "name": "preview", "task": "preview", "optimizer": {"rate": 0.01, "warmup": 1}, "steps": 60,
+        **COMMON, "name": "preview", "task": "decoder", "optimizer": {"rate": 0.01, "warmup": 1}, "steps": 60,
         "batch": 16,
-        "preview": {"size": 16, "network": {**PREVIEW, **shape}, "perceptual": 0.0, "noise": 0.2},
+        "decoder": {"size": 16, "network": {**PREVIEW, **shape}, "perceptual": 0.0, "noise": 0.2},
         "latents": {"autoencoder": autoencoder},
     }  # fmt: skip
 
@@ -241,7 +241,7 @@ def test_a_preview_of_another_shape_is_refused(vae: Path, tmp_path: Path) -> Non
     with pytest.raises(BadData, match=r"needs latents\.preview"):
         train(recipe, tmp_path, "b")
     recipe["latents"]["preview"] = str(vae)
-    with pytest.raises(BadCheckpoint, match="not what this project trains by task: preview"):
+    with pytest.raises(BadCheckpoint, match="not what this project trains by task: decoder"):
         train(recipe, tmp_path, "c")
 
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
+from sfumato.data.kept import kept
 from sfumato.data.pictures import Batch, Pictures, Row
 from sfumato.errors import BadData
-from sfumato.files import write_atomically
 
 
 def encoded(pictures: Pictures, encode: Callable[[Tensor], Tensor], key: str, folder: Path, batch: int = 128) -> Tensor:
@@ -48,18 +47,14 @@ def _stacks(
     """Encode groups of pictures, each of one shape, and keep the results by the groups' names."""
     if pictures.config.flip or pictures.config.crop == "random" or pictures.config.lazy:
         raise BadData("data: flip, crop=random and lazy do not go with latents, which are made once: turn them off")
-    path = folder / f"{hashlib.sha256(f'{key}/{pictures.fingerprint()}'.encode()).hexdigest()[:32]}.safetensors"
-    if path.exists():
-        return load(path.read_bytes())
-    with torch.no_grad():
-        stacks = {
-            name: torch.cat([encode(pictures.at(indices[i : i + batch])).half() for i in range(0, len(indices), batch)])
-            for name, indices in members.items()
-        }
-    stacks = {name: stack.contiguous() for name, stack in stacks.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(stacks))
-    return stacks
+
+    @torch.no_grad()
+    def stack(indices: Sequence[int]) -> Tensor:
+        return torch.cat([encode(pictures.at(indices[i : i + batch])).half() for i in range(0, len(indices), batch)])
+
+    return kept(
+        folder, f"{key}/{pictures.fingerprint()}", lambda: {name: stack(of) for name, of in members.items()}
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
+from sfumato.data.kept import kept
 from sfumato.data.pictures import Pictures
-from sfumato.files import write_atomically
 
 Encode = Callable[[list[str]], Mapping[str, Tensor]]  # captions → context (B, M, D), mask (B, M), pooled (B, D)
 
@@ -55,22 +53,20 @@ def encoded_words(captions: list[str], encode: Encode, key: str, folder: Path, b
     Args:
         key: names ``encode`` and all that it depends on; the file's name is a hash of it and of the captions.
     """
-    path = folder / f"{hashlib.sha256(json.dumps([key, captions]).encode()).hexdigest()[:32]}.safetensors"
-    if path.exists():
-        stored = load(path.read_bytes())
-    else:
+
+    @torch.no_grad()
+    def make() -> dict[str, Tensor]:
         context: list[Tensor] = []
         pooled: list[Tensor] = []
         lengths = [0]
-        with torch.no_grad():
-            for i in range(0, len(captions), batch):
-                states = encode(captions[i : i + batch])
-                context.append(states["context"][states["mask"]].half())
-                pooled.append(states["pooled"].half())
-                lengths += states["mask"].sum(1).tolist()
+        for i in range(0, len(captions), batch):
+            states = encode(captions[i : i + batch])
+            context.append(states["context"][states["mask"]].half())
+            pooled.append(states["pooled"].half())
+            lengths += states["mask"].sum(1).tolist()
         starts = torch.tensor(lengths).cumsum(0)
-        stored = {"context": torch.cat(context).cpu(), "pooled": torch.cat(pooled).cpu(), "starts": starts}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(stored))
+        return {"context": torch.cat(context).cpu(), "pooled": torch.cat(pooled).cpu(), "starts": starts}
+
+    stored = kept(folder, json.dumps([key, captions]), make)
     places = {caption: i for i, caption in enumerate(captions)}
     return Words(places, stored["starts"].tolist(), stored["context"], stored["pooled"])

@@ -35,7 +35,7 @@ def load_autoencoder(path: Path) -> CompactAutoencoder:
 
 def load_preview(path: Path) -> PreviewDecoder:
     """Load a decoder for previews, in float32 and frozen; BadCheckpoint as ``load_autoencoder``."""
-    return _load(path, PREVIEW_FORMAT, PreviewConfig, PreviewDecoder, "preview")
+    return _load(path, PREVIEW_FORMAT, PreviewConfig, PreviewDecoder, "decoder")
 
 
 def _load(path: Path, form: str, config: type[C], network: Callable[[C], M], task: str) -> M:

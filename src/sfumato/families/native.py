@@ -144,17 +144,8 @@ def metadata(config: NativeConfig, tokenizer: Tokenizer, card: Mapping[str, str]
 
 def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: str, hash: str) -> Model:
     """Build a model of our own from its file's tensors and metadata; BadCheckpoint where they do not fit."""
-    try:
-        meta = json.loads(metadata)
-        config = from_dict(NativeConfig, meta["config"], "config")
-        native = Native(config, build_tokenizer(config.text, meta["tokenizer"]))
-    except Exception as e:  # the tokenizer library raises bare Exceptions
-        raise BadCheckpoint(f"{path}: its configuration cannot be read ({e})") from None
-    try:
-        load_into(native, tensors)
-    except BadCheckpoint as e:
-        raise BadCheckpoint(f"{path}: {e}") from None
-    native = native.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore
+    native, card = build_native(path, tensors, metadata)
+    config = native.config
     vae, preview = native.autoencoder, native.preview
     return Model(
         name=name,
@@ -174,8 +165,24 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         multiple=config.multiple,
         max_pixels=(4 * config.size) ** 2,
         defaults=config.defaults,
-        card=meta["card"],
+        card=card,
     )
+
+
+def build_native(path: Path, tensors: Mapping[str, Tensor], metadata: str) -> tuple[Native, dict[str, str]]:
+    """Build the networks alone, in float32 and frozen, and return them with their card; raises as ``load_native``."""
+    try:
+        meta = json.loads(metadata)
+        config = from_dict(NativeConfig, meta["config"], "config")
+        native = Native(config, build_tokenizer(config.text, meta["tokenizer"]))
+    except Exception as e:  # the tokenizer library raises bare Exceptions
+        raise BadCheckpoint(f"{path}: its configuration cannot be read ({e})") from None
+    try:
+        load_into(native, tensors)
+    except BadCheckpoint as e:
+        raise BadCheckpoint(f"{path}: {e}") from None
+    native = native.float().eval().requires_grad_(False)
+    return native.to(memory_format=torch.channels_last), meta["card"]  # pyright: ignore[reportCallIssue]
 
 
 def _own_channels(channels: int) -> Callable[[Tensor], Tensor]:

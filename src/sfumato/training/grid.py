@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato.diffusion.guidance import Pair, cfg
 from sfumato.diffusion.level import NoiseLevel, Prediction
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.spacings import SPACINGS
+from sfumato.diffusion.spacings import Path as Levels
 from sfumato.families.native import Native
 from sfumato.files import write_atomically
 from sfumato.pixels import eight_bits
@@ -29,25 +30,31 @@ def draw_grid(
     steps: int = 20,
 ) -> None:
     """Write a PNG with one row per prompt, its columns of different seeds, under classifier-free guidance."""
-    native.eval()
-    config = native.config
-    schedule, parameterization = config.build_schedule(), config.build_parameterization()
-    n = len(prompts) * columns
     prompts = [p for p in prompts for _ in range(columns)]
+    x = torch.randn((len(prompts), *native.config.shape), generator=torch.Generator().manual_seed(0))
+    levels = SPACINGS["trailing"](native.config.build_schedule(), steps)
+    write_sheet(decode(drawn(native, prompts, x, levels)), columns, path)
+
+
+@torch.no_grad()
+def drawn(native: Native, prompts: list[str], x: Tensor, levels: Levels) -> Tensor:
+    """Walk from x (B, C, h, w) along the levels by DPM-Solver++(2M), under the model's own guidance."""
+    native.eval()
+    config, n = native.config, len(prompts)
+    parameterization = config.build_parameterization()
     words = native.text.encode([*prompts, *[""] * n])
 
-    def denoise(x: Tensor, level: NoiseLevel) -> Prediction:
-        both = torch.cat([x, x])
+    def both(x: Tensor, level: NoiseLevel) -> tuple[Prediction, Prediction]:
+        x = torch.cat([x, x])
         clock = torch.full((2 * n,), float(parameterization.clock(level)))
-        out = native.network(parameterization.gain(level) * both, clock, **words)
-        prediction = parameterization(both, level, out)
-        wanted, plain = (Prediction(*(part[i] for part in map(_halves, prediction))) for i in (0, 1))
-        return plain.lerp(wanted, config.defaults.guidance)
+        prediction = parameterization(x, level, native.network(parameterization.gain(level) * x, clock, **words))
+        wanted, plain = (Prediction(*(part.chunk(2)[i] for part in prediction)) for i in (0, 1))
+        return wanted, plain
 
-    x: Any = torch.randn((n, *config.shape), generator=torch.Generator().manual_seed(0))
-    for step in SAMPLERS["dpmpp-2m"](denoise, x, SPACINGS["trailing"](schedule, steps), torch.randn_like):
+    pair = Pair(lambda x, level: both(x, level)[0], lambda x, level: both(x, level)[1], both)
+    for step in SAMPLERS["dpmpp-2m"](cfg(config.defaults.guidance)(pair), x, levels, torch.randn_like):
         x = step.x
-    write_sheet(decode(x), columns, path)
+    return x
 
 
 def write_sheet(x: Tensor, columns: int, path: Path) -> None:
@@ -59,7 +66,3 @@ def write_sheet(x: Tensor, columns: int, path: Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
-
-
-def _halves(x: Tensor) -> tuple[Tensor, ...]:
-    return x.chunk(2)

@@ -37,7 +37,7 @@ class LatentRecipe:
         text: file that holds a trained text tower of ``model.text``'s shape; left out, it is trained from nothing.
         freeze_text: whether that tower stays as it is.
         denoiser: file of a model whose denoiser is the warm start.
-        preview: file of a trained ``task: preview``; given, ``model.preview`` is its shape.
+        preview: file of a trained ``task: decoder``; given, ``model.preview`` is its shape.
         align: weight of the alignment of the states after layer ``align_layer`` with a pretrained network's features
             of the clean picture (REPA, 2410.06940), up to the share ``align_until`` of the run (HASTE, 2505.16792).
     """
@@ -112,19 +112,31 @@ class AutoencoderRecipe:
 
 
 @dataclass(frozen=True)
-class PreviewRecipe:
-    """What ``task: preview`` trains: a small decoder of the latents of ``latents.autoencoder``.
+class DecoderRecipe:
+    """What ``task: decoder`` trains: a decoder of the latents of ``latents.autoencoder``.
 
     Args:
         size: side of the pictures in pixels.
-        perceptual: weight of LPIPS beside the mean absolute error.
+        network: a small one, for previews; null: the autoencoder's own goes on learning, its encoder as it is.
+        square, perceptual: weights of the squared error and of LPIPS beside the mean absolute error.
         noise: largest share of noise in the latents: a look on the way must bear what is not yet clean.
+        model: file of a model on these latents; given, every other picture comes from latents that it drew back, in
+            ``steps``, from a share of the way to noise that lies within ``strength``.
     """
 
     size: int = 64
-    network: PreviewConfig = field(default_factory=PreviewConfig)
+    network: PreviewConfig | None = field(default_factory=PreviewConfig)
+    square: float = 0.0
     perceptual: float = 0.1
     noise: float = 0.3
+    model: str = ""
+    strength: tuple[float, float] = (0.3, 0.7)
+    steps: int = 8
+
+    def __post_init__(self) -> None:
+        low, high = self.strength
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"decoder: strength is two shares in (0, 1], the lower first, not {list(self.strength)}")
 
 
 @dataclass(frozen=True)
@@ -181,7 +193,7 @@ class Recipe:
     task: str = "denoiser"
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     clip: ClipRecipe = field(default_factory=ClipRecipe)
-    preview: PreviewRecipe = field(default_factory=PreviewRecipe)
+    decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
     model: NativeConfig = field(default_factory=NativeConfig)
     latents: LatentRecipe = field(default_factory=LatentRecipe)
     data: DataConfig = field(default_factory=DataConfig)

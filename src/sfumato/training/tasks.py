@@ -65,19 +65,24 @@ def _latents(recipe: Recipe, pictures: Pictures, root: Path, run: Path) -> tuple
     return Latents(pictures, encoded_in_shapes(pictures, network.encode, sha256(path), run / "cache")), network
 
 
-def _preview(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
-    from sfumato.training.preview import PreviewTask
+def _decoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.training.decoder import DecoderTask
+    from sfumato.training.redrawn import load_latent_model, redrawn
 
     if not recipe.latents.autoencoder:
-        raise BadData("recipe: a decoder for previews needs latents.autoencoder, a trained autoencoder")
-    latents, network = _latents(recipe, load(recipe.preview.size, 3, 0), root, run)
-    ours, theirs = recipe.preview.network, network.config
-    if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
+        raise BadData("recipe: a decoder needs latents.autoencoder, a trained autoencoder")
+    latents, network = _latents(recipe, load(recipe.decoder.size, 3, 0), root, run)
+    ours, theirs = recipe.decoder.network, network.config
+    if ours is not None and (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
         raise BadData(
-            f"recipe: preview.network has {ours.latent_channels} latent channels and factor {ours.factor}, but "
+            f"recipe: decoder.network has {ours.latent_channels} latent channels and factor {ours.factor}, but "
             f"{root / recipe.latents.autoencoder} has {theirs.latent_channels} and {theirs.factor}"
         )
-    return PreviewTask(recipe, latents)
+    again = None
+    if recipe.decoder.model:
+        path = root / recipe.decoder.model
+        again = redrawn(recipe, latents, load_latent_model(path, network), sha256(path), run / "cache")
+    return DecoderTask(recipe, latents, network, again)
 
 
 def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
@@ -99,7 +104,7 @@ TASKS: dict[str, Callable[[Recipe, Load, Path, Path, World], Task]] = {
     "denoiser": _denoiser,
     "autoencoder": _autoencoder,
     "clip": _clip,
-    "preview": _preview,
+    "decoder": _decoder,
 }
 
 
