@@ -21,6 +21,7 @@ from sfumato.pipeline.pipeline import load
 from sfumato.text.tower import TextTower
 from sfumato.training.autoencoder import AutoencoderTask
 from sfumato.training.cli import main
+from sfumato.training.decoder import DecoderTask
 from sfumato.training.denoiser import DenoiserTask
 from sfumato.training.objective import loss_by_level
 from sfumato.training.progress import Progress
@@ -231,6 +232,44 @@ def test_previews_are_decoded_by_their_own_network(vae: Path, tmp_path: Path) ->
     del recipe["model"]["preview"], recipe["latents"]["preview"]
     plain = load(train(recipe, tmp_path, "plain"))
     assert (plain.glimpse(x)[0] == plain.pixels(x)[0]).all()
+
+
+def test_a_decoder_learns_from_what_its_model_draws(vae: Path, tmp_path: Path) -> None:
+    model = train(latent(str(vae)), tmp_path, "model")
+    raw = preview(str(vae))
+    own = {"size": 16, "network": None, "perceptual": 0.0, "noise": 0.0, "model": str(model)}
+    raw |= {"steps": 6, "batch": 4, "name": "decoder", "decoder": own}
+    final = train(raw, tmp_path, "decoder")
+    before, after = load_file(vae), load_file(final)
+    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"decoder"}  # every latent still means the same
+    load_autoencoder(final)
+
+    final_bytes = final.read_bytes()
+    forget_the_end(tmp_path / "decoder")
+    shutil.rmtree(tmp_path / "decoder/cache")  # drawn again, and the same
+    assert train(raw, tmp_path, "decoder").read_bytes() == final_bytes
+
+    slight = {**raw, "decoder": {**own, "strength": [0.01, 0.01]}}
+    task = build_task(from_dict(Recipe, slight, "test"), tmp_path, tmp_path / "slight", World(), Progress(quiet=True))
+    assert isinstance(task, DecoderTask)
+    assert isinstance(task.redrawn, torch.Tensor)
+    indices = task.latents.take(0, range(8)).indices
+    plain = torch.stack([task.latents.latents[i] for i in indices]).float()
+    x = task.fetch(range(8)).x
+    assert torch.equal(x[::2], plain[::2])
+    assert torch.equal(x[1::2], task.redrawn[indices][1::2].float())
+    assert 0 < (x - plain)[1::2].abs().max() < 0.1  # drawn back from one part in a hundred of the way
+
+    other = train({**VAE, "seed": 1}, tmp_path, "other")
+    raw["latents"] = {"autoencoder": str(other)}
+    with pytest.raises(BadData, match="draws other latents than those of latents.autoencoder"):
+        train(raw, tmp_path, "mixed")
+    raw["decoder"] = {**own, "model": str(vae)}
+    with pytest.raises(BadCheckpoint, match="not what this project trains by task: denoiser"):
+        train(raw, tmp_path, "nothing")
+    with pytest.raises(BadData, match="strength is two shares"):
+        from_dict(Recipe, {**raw, "decoder": {**own, "strength": [0.7, 0.3]}}, "test")
 
 
 def test_a_preview_of_another_shape_is_refused(vae: Path, tmp_path: Path) -> None:
