@@ -23,9 +23,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peers
+from budget import Clock, train_within
 from sfumato.data.pictures import load_pictures
 from sfumato.data.sources import FASHION
 from sfumato.evaluation.cache import Cache
@@ -46,8 +45,7 @@ from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import load
 from sfumato.pipeline.request import Request
 from sfumato.training.denoiser import DenoiserTask
-from sfumato.training.loop import bf16_pays, train
-from sfumato.training.progress import Progress
+from sfumato.training.loop import bf16_pays
 from sfumato.training.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes/fashion-mnist.yaml"
@@ -63,17 +61,6 @@ def read(data: Path, split: str) -> tuple[Tensor, Tensor]:
     return array(f"{split}-images-idx3-ubyte.gz", 16).view(-1, 28, 28), array(f"{split}-labels-idx1-ubyte.gz", 8).long()
 
 
-class Clock:
-    """CPU seconds of this process since it was made."""
-
-    def __init__(self) -> None:
-        self.start = time.process_time()
-
-    @property
-    def seconds(self) -> float:
-        return time.process_time() - self.start
-
-
 # ── contenders: train(folder, data, budget) → what was spent; sample(folder, labels, first) → pictures ────────────
 
 
@@ -87,21 +74,10 @@ class Sfumato:
         recipe = replace(self.recipe, data=replace(self.recipe.data, path=str(data.resolve())))
         pictures = load_pictures(recipe.data, recipe.model.size, Path(), channels=1)
 
-        def run(recipe: Recipe, name: str, limit: float) -> list[float]:
-            """Train until done or over the limit, and return the CPU seconds at which each step was done."""
-            task, watch = DenoiserTask(recipe, pictures, folder / name), Watch(limit)
-            with suppress(Enough):
-                train(task, recipe, folder / name, watch)
-            return [*watch.times, watch.clock.seconds]
+        def build(recipe: Recipe, run: Path) -> DenoiserTask:
+            return DenoiserTask(recipe, pictures, run)
 
-        *times, spent = run(replace(recipe, steps=1 << 20), f"trial-{time.time_ns()}", min(self.trial, budget / 20))
-        half = len(times) // 2  # the first steps are slow
-        each = (times[-1] - times[half]) / (len(times) - 1 - half)
-        steps = max(1, int((budget - spent - times[0]) / each * 0.98))
-        recipe = replace(recipe, steps=steps, checkpoint_every=1 << 30)
-        seconds = run(recipe, f"run-{steps}", float("inf"))[-1]
-        (folder / "final.safetensors").write_bytes((folder / f"run-{steps}/final.safetensors").read_bytes())
-        return {"seconds": spent + seconds, "steps": steps, "batch": recipe.batch}
+        return train_within(budget, recipe, build, folder, self.trial)
 
     def sample(self, folder: Path, labels: list[int], first: int) -> Tensor:
         pipe = load(folder / "final.safetensors", batch=PART)
@@ -135,23 +111,6 @@ class SfumatoWithoutWords(Sfumato):
 
     def settings(self) -> dict[str, Any]:
         return {"guidance": 0.0}  # the prediction without words alone
-
-
-class Enough(Exception):
-    pass
-
-
-class Watch(Progress):
-    def __init__(self, limit: float):
-        super().__init__(quiet=True)
-        self.limit, self.clock, self.times = limit, Clock(), list[float]()
-
-    def step(self, done: int, loss: float, levels: Any, pictures: int) -> None:
-        self.times.append(self.clock.seconds)
-        if done % 100 == 0:
-            print(f"  step {done}: loss {loss:.4f}, {self.clock.seconds:.0f} s", flush=True)
-        if self.clock.seconds > self.limit and done >= 4:
-            raise Enough
 
 
 class SmallDiffusion:

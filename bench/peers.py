@@ -87,11 +87,13 @@ def until(trainer: Any, over: Callable[[], bool]) -> None:
 
 
 def diffusers_steps(
-    network: nn.Module, call: Callable[[nn.Module, Tensor, Tensor], Tensor], loader: Any, bf16: bool, clip: float = 1.0
-) -> Iterator[None]:
-    """Train as its examples for unconditional and text-guided pictures do, one step for every ``next``.
+    network: nn.Module, call: Callable[..., Tensor], loader: Any, bf16: bool, clip: float = 1.0, rate: float = 1e-4,
+    warmup: int = 500,
+) -> Iterator[Any]:  # fmt: skip
+    """Train as its examples for unconditional and text-guided pictures do, one step for every ``next``: its EMA.
 
     Accelerate's precision and clipping, DDPM's noise and ε, AdamW with the examples' settings, a cosine rate, EMA.
+    ``call`` is given the network, noisy pictures, timesteps, and what else the loader gives beside the pictures.
     """
     from accelerate import Accelerator
     from diffusers.optimization import get_scheduler
@@ -100,24 +102,25 @@ def diffusers_steps(
 
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=True)
     noising = DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
-    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
-    network, optimizer, loader, rate = accelerator.prepare(network, optimizer, loader, rate)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.95, 0.999), weight_decay=1e-6)
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=100_000)
+    network, optimizer, loader, rates = accelerator.prepare(network, optimizer, loader, rates)
     ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, power=3 / 4)
     network.train()
     while True:
-        for clean in loader:
+        for batch in loader:
+            clean, *words = batch if isinstance(batch, (tuple, list)) else (batch,)
             noise = torch.randn_like(clean)
             timesteps = torch.randint(0, 1000, (len(clean),))
             noisy = noising.add_noise(clean, noise, timesteps)
             with accelerator.accumulate(network):
-                loss = nn.functional.mse_loss(call(network, noisy, timesteps).float(), noise)
+                loss = nn.functional.mse_loss(call(network, noisy, timesteps, *words).float(), noise)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(network.parameters(), clip)
                 optimizer.step()
-                rate.step()
+                rates.step()
                 optimizer.zero_grad()
             ema.step(network.parameters())
             loss.detach().item()
-            yield
+            yield ema
