@@ -67,6 +67,13 @@ def test_words_become_a_picture_that_can_be_made_again(run: Run, tiny_file: Path
     assert again.read_bytes() == path.read_bytes()
 
 
+def test_words_that_do_not_fit_are_told(run: Run, tiny_file: Path) -> None:
+    _, _, fits = run("generate", "fox", "--model", tiny_file, "--negative", "a " * 100, "--seed", 1, "--steps", 1)
+    assert fits.startswith("negative: too long for this model: its last ")
+    _, _, none = run("generate", "fox", "--model", tiny_file, "--negative", "a", "--seed", 1, "--steps", 1)
+    assert none == ""
+
+
 def test_several_pictures_grid_film_and_json(run: Run, tiny_file: Path, tmp_path: Path) -> None:
     _, out, _ = run("generate", "fox", "--model", tiny_file, "--seed", 1, "-n", 3, "--json", "--scale", 1)
     report = json.loads(out)
@@ -230,6 +237,10 @@ def test_a_picture_from_a_picture_can_be_made_again(run: Run, tiny_file: Path, t
     assert code == 0
     assert err == "me.png: 18x17 cut to 18x16\n"
     assert Image.open("a.png").size == (18 * 15, 16 * 15)
+    assert run("replay", "a.png", "--model", tiny_file, "--mask", "in/me.png")[::2] == (
+        2,
+        "sfumato: a.png was made without mask: leave out --mask\n",
+    )
     code, out, _ = run("replay", "a.png", "--model", tiny_file, "--out", "b.png")
     assert code == 0
     assert "pixels equal" in out
@@ -322,6 +333,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["generate", "a", "--out", "x" * 300 + ".png"], 2, "cannot write"),
     (["generate", "a", "--trajectory", "a.png"], 2, "must end in .gif"),
     (["generate", "a", "--trajectory", "film.gif"], 2, "exists already"),
+    (["generate", "a", "--trajectory", "."], 2, "must end in .gif"),
     (["generate", "a\udcff"], 2, "no text"),
     (["replay", "missing.png"], 4, "no such file"),
     (["replay", "file.txt"], 4, "not a whole PNG"),

@@ -39,6 +39,47 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = True) -> None
             temporary.unlink()
 
 
+def check_target(path: Path, suffix: str, *, overwrite: bool) -> None:
+    """Refuse, before the work begins, a file that could not be written after it.
+
+    Raises BadRequest for a name without the suffix, a file that exists and may not be replaced, and a place where
+    nothing can be written; folders that are missing are no fault, ``make_folder`` makes them.
+    """
+    if path.suffix.lower() != suffix or os.path.isdir(path):
+        raise BadRequest(f"cannot write {path}: its name must end in {suffix}, and it must be no folder")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as e:  # a name that is too long, a folder that is a file
+        raise cannot_write(path, e) from e
+    else:
+        if not overwrite:
+            raise BadRequest(f"{path} exists already; --force replaces it")
+    check_writable(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Try to create a file where the folder is, or where it would be made."""
+    place = folder
+    try:
+        while not os.path.lexists(place) and place != place.parent:
+            place = place.parent
+        trial = place / f".sfumato-{secrets.token_hex(4)}{PART}"
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as e:
+        raise cannot_write(folder, e) from e
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they exist; raises as ``cannot_write`` says."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise cannot_write(folder, e) from e
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes; raises OSError as opening it does."""
     with open(path, "rb") as file:

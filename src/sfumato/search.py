@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.console import Parser, printable
 from sfumato.errors import BadData, BadRequest
+from sfumato.files import check_target, make_folder, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,16 +126,13 @@ def main(argv: list[str]) -> int:
     if not args.words.strip():
         raise BadRequest("the words are empty: say what to look for")
     sheet = None if args.sheet is None else Path(args.sheet)
-    if sheet is not None and sheet.suffix.lower() != ".png":
-        raise BadRequest(f"cannot write {sheet}: its name must end in .png")
-    if sheet is not None and sheet.exists() and not args.force:
-        raise BadRequest(f"{sheet} exists already; --force replaces it")
+    if sheet is not None:
+        check_target(sheet, ".png", overwrite=args.force)
 
     from sfumato.data.config import DataConfig
     from sfumato.data.sources import open_source
     from sfumato.evaluation.cache import Cache, default_folder
     from sfumato.families.clip import load_clip
-    from sfumato.files import write_atomically
 
     source = open_source(DataConfig(path=args.pictures).resolve(Path()))
     clip = load_clip(None if args.model is None else Path(args.model))
@@ -145,6 +143,7 @@ def main(argv: list[str]) -> int:
         first = "; ".join(f"{printable(b.name)}: {b.reason}" for b in found.bad[:SHOWN])
         sys.stderr.write(f"{len(found.bad)} of {len(source.records)} pictures cannot be read ({first})\n")
     if sheet is not None:
+        make_folder(sheet.parent)
         write_atomically(sheet, _sheet(best))
     rows = [{"path": r.name, "score": score, "caption": str(r.row.get("caption") or "")} for r, score in best]
     if args.json:

@@ -79,7 +79,7 @@ def test_the_page_shows_every_part_with_the_models_values(explained: str) -> Non
         (["grid.png"], 2, "grid of 2"),
         (["one.png", "--out", "x.txt"], 2, "must end in .html"),
         (["one.png", "--steps", "0"], 2, "from 1 to 500"),
-        (["one.png", "--noise", "notes.html"], 2, "no picture that can be read"),
+        (["one.png", "--noise", "notes.html"], 2, "not a picture but an SVG drawing"),
         (["plain.png"], 4, "no request inside"),
     ],
 )

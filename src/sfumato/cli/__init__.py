@@ -25,7 +25,7 @@ COMMANDS = {  # name → module whose ``main(argv) -> int`` reads the command's 
     "replay": ("sfumato.cli.replay", "make a picture again from the request inside its PNG, and compare"),
     "info": ("sfumato.cli.info", "show what a picture or a weight file says of itself"),
     "explain": (
-        "sfumato.inside.cli",
+        "sfumato.cli.explain",
         "look inside a picture: its path, its words, guidance, samplers",
     ),
     "samplers": ("sfumato.cli.samplers", "list samplers, spacings and guidance, with other tools' names for them"),

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from sfumato.pixels import Pixels
 
 
-def tell_canvas(request: Request, pipe: Pipeline) -> None:
-    """Say on stderr what is done to the picture to start from."""
+def tell_changes(request: Request, pipe: Pipeline) -> None:
+    """Say on stderr what goes in otherwise than it was given: words that do not fit, a picture that is cut."""
     from sfumato.pipeline.canvas import canvas_of
 
+    for name in ("prompt", "negative", "prompt_to"):
+        if cut := pipe.model.truncated(getattr(request, name) or ""):
+            sys.stderr.write(f"{name}: too long for this model: its last {cut} tokens are left out\n")
     canvas = canvas_of(request, pipe.model)
     if canvas is not None and canvas.told and request.init is not None:
         name = Path(request.init.name).name or "init"

@@ -8,7 +8,7 @@ from typing import Any
 
 from sfumato.errors import BadRequest
 from sfumato.pipeline.inputs import PictureFile
-from sfumato.pipeline.request import Request
+from sfumato.pipeline.request import PICTURES, Request
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def request_of(args: argparse.Namespace) -> Request:
     for f in fields(Request):
         text: str | None = getattr(args, f.name, None)
         if text is not None:
-            settings[f.name] = _value(f.name, str(f.type), text)
+            settings[f.name] = PictureFile.open(f.name, text) if f.name in PICTURES else _value(str(f.type), text)
     if args.size is not None:
         width, x, height = args.size.lower().partition("x")
         if not (x and width.isdecimal() and height.isdecimal() and len(args.size) < 20):
@@ -38,10 +38,8 @@ def request_of(args: argparse.Namespace) -> Request:
     return Request.from_dict(settings)
 
 
-def _value(name: str, kind: str, text: str) -> Any:
+def _value(kind: str, text: str) -> Any:
     """Give a flag's text its field's type; text that cannot have it is left for the request to refuse."""
-    if kind.startswith("PictureFile"):
-        return PictureFile.open(name, text)
     try:
         if kind.startswith("int"):
             return int(text)
@@ -55,10 +53,10 @@ def _value(name: str, kind: str, text: str) -> Any:
     return text
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, default: str = "the one built in") -> None:
     """Add the flags that ``load_pipeline`` reads."""
     add = parser.add_argument
-    add("--model", metavar="M", help="weight file, folder or name of a model (default: the one built in)")
+    add("--model", metavar="M", help=f"weight file, folder or name of a model (default: {default})")
     several: dict[str, Any] = {"action": "append", "default": []}
     add("--lora", metavar="FILE[:W]", **several, help="add a LoRA, with weight W (default: 1); may be given again")
     add("--embedding", metavar="WORD=FILE", **several, help="teach prompts a learned word; may be given again")
@@ -77,6 +75,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="auto|normal|low",
         help="low leaves weights in their file, for the same pictures (default: low if they would not fit)",
     )
+
+
+def add_recorded_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ``load_recorded`` reads, for what a picture's record does not tell."""
+    parser.add_argument("picture", metavar="PICTURE.png", help="a picture that sfumato made")
+    for f in fields(Request):
+        if f.name in PICTURES:
+            parser.add_argument(
+                *f.metadata["flags"], metavar="PICTURE", help=f"where its {f.name.replace('_', ' ')} lies now"
+            )
+    add_model_flags(parser, default="the one that made it")
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:

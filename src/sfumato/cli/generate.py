@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from sfumato.cli.drawing import draw, tell_canvas
+from sfumato.cli.drawing import draw, tell_changes
 from sfumato.cli.flags import add_model_flags, add_output_flags, add_request_flags, request_of, scale_of
 from sfumato.cli.loading import load_pipeline
 from sfumato.cli.output import Target, report
@@ -25,10 +25,10 @@ def main(argv: Sequence[str]) -> int:
     request = request_of(args)
     scale = scale_of(args.scale)
     target = Target.plan(args.out, args.force, files=1 if args.grid else request.n)
-    film = None if args.trajectory is None else Target.plan(args.trajectory, args.force, files=1, suffix=".gif")
+    film = None if args.trajectory is None else Target.plan_file(args.trajectory, args.force, ".gif")
     pipe = load_pipeline(args)
     request = request.resolve(pipe.model)
-    tell_canvas(request, pipe)
+    tell_changes(request, pipe)
     pictures, frames = draw(pipe, request, film=film is not None)
     if args.grid:
         from sfumato.pipeline.picture import grid
@@ -37,5 +37,5 @@ def main(argv: Sequence[str]) -> int:
     paths = [target.write(p, i, scale) for i, p in enumerate(pictures)]
     if film is not None:
         film.write_film(frames, scale or pictures[0].viewing_scale)
-    report(pictures, paths, started, as_json=args.json, film=film and film.file)
+    report(pictures, paths, started, as_json=args.json, film=film and film.path())
     return 0

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sfumato.cli.drawing import draw, tell_canvas
+from sfumato.cli.drawing import draw, tell_changes
 from sfumato.cli.flags import add_model_flags, add_output_flags, add_request_flags, request_of, scale_of
 from sfumato.cli.loading import load_pipeline
 from sfumato.cli.output import Target, report
@@ -36,14 +36,15 @@ def main(argv: Sequence[str]) -> int:
         raise BadRequest("interpolate goes through every mix with one seed: leave out --mix and -n")
     frames, scale = int(args.frames), scale_of(args.scale)
     target = Target.plan(args.out, args.force, files=frames)
-    film = None if args.film is None else Target.plan(args.film, args.force, files=1, suffix=".gif")
+    film = None if args.film is None else Target.plan_file(args.film, args.force, ".gif")
     pipe = load_pipeline(args)
     request = request.resolve(pipe.model)
-    tell_canvas(request, pipe)
-    requests = [replace(request, mix=i / (frames - 1)) for i in range(frames)]
-    pictures = [picture for one in requests for picture in draw(pipe, one)[0]]
-    paths = [target.write(p, i, scale) for i, p in enumerate(pictures)]
+    tell_changes(request, pipe)
+    pictures, paths = [], []
+    for i in range(frames):  # each is written when it is ready: an interrupted run loses none
+        pictures += draw(pipe, replace(request, mix=i / (frames - 1)))[0]
+        paths.append(target.write(pictures[i], i, scale))
     if film is not None:
         film.write_film([p.pixels for p in pictures], scale or pictures[0].viewing_scale)
-    report(pictures, paths, started, as_json=args.json, film=film and film.file)
+    report(pictures, paths, started, as_json=args.json, film=film and film.path())
     return 0

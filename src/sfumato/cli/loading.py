@@ -1,26 +1,57 @@
-"""The pipeline that a command's flags name."""
+"""The pipeline that a command's flags name, or the one that made a picture."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import BadRequest
+from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.pipeline.inputs import PictureFile
+from sfumato.pipeline.request import PICTURES
 
 if TYPE_CHECKING:
-    from sfumato.families.additions import Additions
+    from sfumato.families.additions import Additions, Ingredient
+    from sfumato.pipeline.picture import Picture
     from sfumato.pipeline.pipeline import Pipeline
+    from sfumato.pipeline.request import Request
 
 
-def load_pipeline(args: argparse.Namespace, additions: Additions | None = None, threads: object = None) -> Pipeline:
-    """Load the model that the flags name, with the additions that they name unless others are given."""
+def load_pipeline(args: argparse.Namespace) -> Pipeline:
+    """Load the model that the flags name, with what they add to it; raises BadRequest or BadCheckpoint."""
+    return _load(args, additions_of(args))
+
+
+def load_recorded(args: argparse.Namespace, old: Picture) -> tuple[Pipeline, Request]:
+    """Load the model that made the picture ``args.picture``, and find the pictures that it was made from.
+
+    What its record does not tell the flags do; raises BadRequest or BadCheckpoint if something is another or missing.
+    """
+    from sfumato.families import recorded
+
+    for name in PICTURES:
+        if getattr(args, name) is not None and getattr(old.request, name) is None:
+            raise BadRequest(f"{args.picture} was made without {name}: leave out --{name.replace('_', '-')}")
+    request = old.request.map_pictures(lambda name, picture: _picture_again(name, picture, args))
+    args.model = args.model or recorded(old.model)
+    args.dtype = args.dtype or str(old.made_with.get("dtype", "fp32"))
+    args.tile = args.tile or (str(old.made_with["tile"]) if "tile" in old.made_with else None)
+    pipe = _load(args, _ingredients_again(old.ingredients, args), old.made_with.get("threads"))
+    if pipe.model.hash != old.model_hash:
+        raise BadCheckpoint(
+            f"{args.picture} was made by model {old.model!r} with hash {old.model_hash[:12]}, but "
+            f"{pipe.model.name!r} has {pipe.model.hash[:12]}: point at the right file with --model"
+        )
+    return pipe, request
+
+
+def _load(args: argparse.Namespace, additions: Additions, threads: object = None) -> Pipeline:
     from sfumato import families
 
-    additions = additions or additions_of(args)
     how: dict[str, Any] = {"dtype": args.dtype or "fp32", "memory": args.memory}
     families.keeping.check(**how)
     if args.tile is not None and not (args.tile.isdecimal() and len(args.tile) < 7):
@@ -66,6 +97,59 @@ def _lora(text: str) -> tuple[str, float]:
         if os.path.exists(file):
             raise BadRequest(f"the weight in --lora {text} is no number") from None
         return text, 1.0
+
+
+def _picture_again(name: str, picture: PictureFile, args: argparse.Namespace) -> PictureFile:
+    """The picture that a request started from: where it was said to lie, where it lay, or beside the result."""
+    given: str | None = getattr(args, name)
+    if given is not None:
+        return picture.with_data(name, PictureFile.open(name, given))
+    known = Path(picture.name)
+    inside = not known.is_absolute() and ".." not in known.parts and picture.name != ""
+    places = [known, Path(args.picture).parent / known.name] if inside else []
+    for place in places:
+        if place.is_file():
+            return picture.with_data(name, PictureFile.open(name, place))
+    raise BadRequest(
+        f"{args.picture} was made from a picture that is not here: {known.name or 'one without a name'}, "
+        f"SHA-256 {picture.sha256[:12]}…; say where it lies with --{name.replace('_', '-')}"
+    )
+
+
+def _ingredients_again(ingredients: Sequence[Ingredient], args: argparse.Namespace) -> Additions:
+    """The files of a picture's ingredients, known by their content: those that flags name, and those of the same name
+    beside the picture, beside the model, or here. Raises BadCheckpoint for those that are not there.
+    """
+    from sfumato.families.additions import NETWORKS, Additions, content_hash
+
+    given = additions_of(args)
+    named = [path for path, _ in given.loras] + list(given.embeddings.values())
+    named += [path for kind in NETWORKS if (path := getattr(given, kind)) is not None]
+    beside = [Path(), Path(args.picture).parent, Path(args.model or "").parent]
+    beside += [] if given.ip_adapter is None else [given.ip_adapter.parent]
+    hashes = {path: content_hash(path) for path in named}
+    places: dict[Ingredient, Path] = {}
+    for it in ingredients:
+        for folder in beside:
+            if it.name == Path(it.name).name and (folder / it.name).exists() and folder / it.name not in hashes:
+                hashes[folder / it.name] = content_hash(folder / it.name)
+        found = next((path for path, hash in hashes.items() if hash == it.hash), None)
+        if found is None:
+            flag = {"lora": "--lora FILE", "embedding": f"--embedding {it.word}=FILE", "controlnet": "--control FILE"}
+            usual = f"--{it.kind.replace('_', '-')} FILE"
+            raise BadCheckpoint(
+                f"{args.picture} was made with the {it} (sha256 {it.hash[:12]}), which is not here: "
+                f"name it with {flag.get(it.kind, usual)}"
+            )
+        places[it] = found
+    if unused := [p for p in named if p not in places.values()]:
+        raise BadRequest(f"{args.picture} was not made with {unused[0]}: leave it out")
+    parts = {it.kind: path for it, path in places.items()}
+    return Additions.of(
+        [(path, it.weight or 0.0) for it, path in places.items() if it.kind == "lora"],
+        {it.word or "": path for it, path in places.items() if it.kind == "embedding"},
+        **{kind: parts.get(kind) for kind in NETWORKS},
+    )
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.console import print_json, printable
 from sfumato.errors import BadRequest
-from sfumato.files import cannot_write, write_atomically
+from sfumato.files import check_target, check_writable, make_folder, write_atomically
 
 if TYPE_CHECKING:
     from sfumato.pipeline.picture import Picture
@@ -29,37 +28,42 @@ class Target:
     name: str | None  # None: named after prompt and seed
     files: int
     overwrite: bool
+    suffix: str = ".png"
 
     @classmethod
-    def plan(cls, out: str | None, force: bool, *, files: int, suffix: str = ".png") -> Target:
-        """Choose folder and name; raises BadRequest if they cannot be written or exist without ``force``."""
-        if out is not None and (not out or "\0" in out):
-            raise BadRequest("the output path is empty or no path")
-        path = Path("outputs" if out is None else out)
-        named = out is not None and not os.path.isdir(path) and (path.suffix != "" or suffix != ".png")
-        if named and (path.suffix.lower() != suffix or str(out).endswith(("/", os.sep))):
+    def plan(cls, out: str | None, force: bool, *, files: int) -> Target:
+        """Choose folder and name of pictures; BadRequest if they cannot be written or exist without ``force``."""
+        path = Path("outputs") if out is None else _path(out)
+        if out is None or os.path.isdir(path) or path.suffix == "":
+            check_writable(path)
+            return cls(path, None, files, False)
+        return cls._named(out, force, files, ".png")
+
+    @classmethod
+    def plan_file(cls, out: str, force: bool, suffix: str) -> Target:
+        """The same for one file that its user names."""
+        return cls._named(out, force, 1, suffix)
+
+    @classmethod
+    def _named(cls, out: str, force: bool, files: int, suffix: str) -> Target:
+        path = _path(out)
+        if path.suffix.lower() != suffix or out.endswith(("/", os.sep)):
             raise BadRequest(f"cannot write {path}: its name must end in {suffix}")
-        target = cls(path.parent, path.stem, files, force) if named else cls(path, None, files, False)
-        for file in [target._path(path.stem, i, suffix) for i in range(files if named else 0)]:
-            if _exists(file) and not force:
-                raise BadRequest(f"{file} exists already; --force replaces it")
-        _check_writable(target.folder)
+        target = cls(path.parent, path.stem, files, force, suffix)
+        for i in range(files):
+            check_target(target.path(i), suffix, overwrite=force)
         return target
 
-    @property
-    def file(self) -> Path:
-        """The trajectory's file."""
-        return self.folder / f"{self.name}.gif"
-
-    def _path(self, stem: str, i: int, suffix: str = ".png") -> Path:
-        return self.folder / (f"{stem}{suffix}" if self.files == 1 else f"{stem}-{i + 1}{suffix}")
+    def path(self, i: int = 0) -> Path:
+        """Where file i of a name that was given goes."""
+        return self.folder / (f"{self.name}{self.suffix}" if self.files == 1 else f"{self.name}-{i + 1}{self.suffix}")
 
     def write(self, picture: Picture, i: int, scale: int | None) -> Path:
         """Write picture i; a name of our own choice never meets an existing file."""
-        self._make_folder()
+        make_folder(self.folder)
         scale = scale or picture.viewing_scale
         if self.name is not None:
-            return picture.save(self._path(self.name, i), scale=scale, overwrite=self.overwrite)
+            return picture.save(self.path(i), scale=scale, overwrite=self.overwrite)
         stem, again = _stem(picture.request), 1
         while True:
             path = self.folder / (f"{stem}.png" if again == 1 else f"{stem}-{again}.png")
@@ -73,41 +77,22 @@ class Target:
 
         from sfumato.pipeline.picture import enlarge
 
-        self._make_folder()
         images = [Image.fromarray(enlarge(f, scale)) for f in frames]
         durations = [max(40, min(200, 4000 // len(images)))] * (len(images) - 1) + [2000]
         data = io.BytesIO()
         images[0].save(data, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-        write_atomically(self.file, data.getvalue(), overwrite=self.overwrite)
+        self.write_bytes(data.getvalue())
 
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise cannot_write(self.folder, e) from e
-
-
-def _exists(path: Path) -> bool:
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    except OSError as e:  # a name that is too long, a folder that is a file
-        raise cannot_write(path, e) from e
-    return True
+    def write_bytes(self, data: bytes) -> None:
+        """Write the one file that was named."""
+        make_folder(self.folder)
+        write_atomically(self.path(), data, overwrite=self.overwrite)
 
 
-def _check_writable(folder: Path) -> None:
-    """Try to create a file where the folder is, or where it would be made."""
-    place = folder
-    try:
-        while not os.path.lexists(place) and place != place.parent:
-            place = place.parent
-        trial = place / f".sfumato-{secrets.token_hex(4)}.part"
-        trial.touch(exist_ok=False)
-        trial.unlink()
-    except OSError as e:
-        raise cannot_write(folder, e) from e
+def _path(out: str) -> Path:
+    if not out or "\0" in out:
+        raise BadRequest("the output path is empty or no path")
+    return Path(out)
 
 
 def _stem(request: Request) -> str:

@@ -45,16 +45,11 @@ def _check(args: argparse.Namespace) -> int:
     from sfumato.data.check import check, contact_sheet
     from sfumato.data.config import DataConfig
     from sfumato.data.sources import open_source
-    from sfumato.files import write_atomically
+    from sfumato.files import check_target, make_folder, write_atomically
 
     sheet = None if args.sheet is None else Path(args.sheet)
     if sheet is not None:
-        if sheet.suffix.lower() != ".png":
-            raise BadRequest(f"cannot write {sheet}: its name must end in .png")
-        if sheet.exists() and not args.force:
-            raise BadRequest(f"{sheet} exists already; --force replaces it")
-        if not sheet.parent.is_dir():
-            raise BadRequest(f"cannot write {sheet}: there is no folder {sheet.parent}")
+        check_target(sheet, ".png", overwrite=args.force)
     config = DataConfig(path=args.path, captions="plain" if args.captions == "auto" else args.captions)
     source = open_source(config.resolve(Path()))
     captions = args.captions
@@ -62,6 +57,7 @@ def _check(args: argparse.Namespace) -> int:
         captions = "plain" if "caption" in source.columns else "none"
     findings = check(source, captions)
     if sheet is not None:
+        make_folder(sheet.parent)
         write_atomically(sheet, contact_sheet(findings.cells))
     if args.json:
         print_json(findings.to_dict())

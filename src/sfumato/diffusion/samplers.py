@@ -149,7 +149,7 @@ def _given(z: Any) -> Noise:
 
 def dpmpp_2m(denoise: Denoiser, x: Any, path: Path, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al. 2211.01095, algorithm 2); eta = 1 is the same paper's SDE form."""
-    seen: list[tuple[NoiseLevel, Any]] = []
+    seen: list[Node] = []
     for p, q in pairwise(path):
         out = denoise(x, p)
         x0 = out.x0
@@ -311,8 +311,10 @@ class Sampler:
         check_settings(f"sampler {self.name!r}", settings, self.settings)
         for key, value in settings.items():
             low, high = LIMITS[key]
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise BadRequest(f"sampler {self.name!r}: {key} must lie between {low:g} and {high:g}, not {value!r}")
+            whole = isinstance(self.settings[key], int)
+            if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+                what = "a whole number" if whole else "a number"
+                raise BadRequest(f"sampler {self.name!r}: {key} must be {what} from {low:g} to {high:g}, not {value!r}")
         return self.run(denoise, x, path if isinstance(path, Path) else Path(path), noise, **settings)
 
 
@@ -325,8 +327,8 @@ SAMPLERS: dict[str, Sampler] = {
         ),
         Sampler("ddim", ddim, 1, "the ODE's first-order step; eta adds noise", aliases=("DDIMScheduler",)),
         Sampler(
-            "ddim-inversion", ddim_inversion, 1, "from a picture up to the noise that makes it; refine", calls=6,
-            aliases=("DDIMInverseScheduler",),
+            "ddim-inversion", ddim_inversion, 1, "up from a picture to the noise that makes it; setting refine",
+            calls=6, aliases=("DDIMInverseScheduler",),
         ),
         Sampler(
             "euler", ddim, 1, "the same loop as ddim",
@@ -378,7 +380,8 @@ SAMPLERS: dict[str, Sampler] = {
             aliases=("DPM++ 2M SDE",),
         ),
         Sampler(
-            "unipc", unipc, 3, "predictor and free corrector; order", aliases=("uni_pc", "UniPCMultistepScheduler"),
+            "unipc", unipc, 3, "a predictor, and a corrector that costs no call; setting order",
+            aliases=("uni_pc", "UniPCMultistepScheduler"),
         ),
         Sampler(
             "lcm", lcm, 0, "for consistency models: a whole picture each step", stochastic=True,

@@ -33,7 +33,7 @@ from sfumato.networks.compact import CompactAutoencoder
 from sfumato.networks.sd_unet import SDUNet
 from sfumato.networks.stored import Mappings, in_dtype, keeper
 from sfumato.text.clip import CLIPText
-from sfumato.text.prompt import chunks, grid, spell_prompt, weigh
+from sfumato.text.prompt import chunks, grid, parse, spell_prompt, weigh
 from sfumato.text.spelling import Word
 from sfumato.text.t5 import T5Encoder
 from sfumato.text.tokenizer import Words, clip_words, t5_words
@@ -197,6 +197,10 @@ class Tower:
         states = weigh(states, weights.reshape(b * k, m).to(device))
         return states.reshape(b, k * m, -1), out.pooled.reshape(b, k, -1)[:, 0]
 
+    def context(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What a U-Net under this tower alone is told: its last states, normalized."""
+        return {"context": self.states(*self.ids(prompts), skip=None)[0]}
+
 
 def tower(model: Published, component: str, tokenizer: str, projected: bool, pad: int | None = None) -> Tower:
     """Build a CLIP tower and its tokenizer; BadCheckpoint if the one has more words than the other."""
@@ -228,6 +232,10 @@ class LongTower:
     def spell(self, prompt: str) -> list[Word]:
         """The prompt's words with their columns of the states."""
         return spell_prompt(prompt.replace("BREAK", " "), self.words, rows=1)
+
+    def truncated(self, prompt: str) -> int:
+        """Number of a prompt's tokens that do not fit."""
+        return max(0, sum(len(self.words(part[0])) for part in parse(prompt) if part is not None) - self.words.room)
 
 
 def t5(model: Published, component: str, tokenizer: str, length: int) -> LongTower | None:
@@ -343,6 +351,35 @@ def assemble(
     )
 
 
+def assemble_unet(
+    model: Published,
+    name: str,
+    family: str,
+    network: SDUNet,
+    vae: AnyAutoencoder,
+    prediction: str,
+    usual: tuple[int, float, int],
+    **own: Any,
+) -> Model:
+    """``assemble`` for a U-Net under a discrete noise schedule.
+
+    Args:
+        usual: steps, guidance scale and side in pixels where neither request nor files name any.
+    """
+    scheduler = model.configs.get("scheduler", {})
+    steps, guidance, pixels = usual
+    shared: dict[str, Any] = {
+        "schedule": schedule(scheduler),
+        "inpaints": inpaints(model, network.config.in_channels, vae),
+        "max_pixels": 1 << 22,
+        "situate": lambda width, height, guidance: embedded_guidance(network, guidance),
+        "distilled": network.config.guidance_dim > 0,
+        "spacings": spacings(scheduler),
+        "defaults": usual_unet(scheduler, network, steps, guidance, side(model.config("unet"), vae, pixels)),
+    }
+    return assemble(model, name, family, network, vae, prediction, **{**shared, **own})
+
+
 def matched(reports: Mapping[str, LoadReport]) -> dict[str, str]:
     """What share of a model's tensors found its place and, of components where some did not, which."""
     loaded = sum(len(r.loaded) for r in reports.values())
@@ -402,6 +439,12 @@ def check_width(model: Published, what: str, wanted: int, given: int) -> None:
     """Refuse a denoiser that is told words, or their pooled vectors, of another width than its towers give."""
     if wanted != given:
         raise BadCheckpoint(f"{model.path}: its denoiser takes {what} of width {wanted}, its text towers give {given}")
+
+
+def check_context(model: Published, network: SDUNet, given: int) -> None:
+    """Refuse a U-Net some of whose resolutions are told words of another width than its towers give."""
+    for width in set(network.config.context_dim):
+        check_width(model, "words", width, given)
 
 
 def check_latents(model: Published, channels: int, vae: AnyAutoencoder) -> None:

@@ -65,6 +65,7 @@ def load(model: Published, name: str) -> Model:
         "flow: this family's only one",
         encode=encode,
         words=t5.spell,
+        truncated=t5.truncated,
         schedule=Flow(),
         parameterization=common.flow(1.0),
         multiple=unit,

@@ -55,6 +55,10 @@ def _no_words(prompt: str) -> list[Word]:
     return []
 
 
+def _all_fit(prompt: str) -> int:
+    return 0
+
+
 def _no_settings(width: int, height: int) -> Mapping[str, Mapping[str, float]]:
     return {}
 
@@ -69,6 +73,7 @@ class Model:
         network: ``network(x, clock, **conditioning)`` with x (B, C, H, W) and clock (B,); returns (B, C, H, W).
         encode: prompts → conditioning; the empty prompt is the unconditional one.
         words: prompt → its words, each with the columns of ``context`` that hold it; none where no words are told.
+        truncated: prompt → how many of its tokens do not fit, and are left out.
         decode: denoised x (B, C, H, W) → pictures (B, 3, H·factor, W·factor) in [−1, 1].
         preview: a quicker and rougher ``decode`` for steps on the way; None if the model has none.
         guides: how the network is told of pictures beside the words, by the request's field that holds the picture.
@@ -101,6 +106,7 @@ class Model:
     multiple: int = 8
     max_pixels: int = 1 << 16
     words: Callable[[str], list[Word]] = _no_words
+    truncated: Callable[[str], int] = _all_fit
     situate: Callable[[int, int, float], Conditioning] = _nothing
     spacings: Callable[[int, int], Mapping[str, Mapping[str, float]]] = _no_settings
     distilled: bool = False

@@ -155,6 +155,7 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         network=native.network,
         encode=native.text.encode,
         words=native.text.spell,
+        truncated=native.text.truncated,
         decode=_three_channels if vae is None else decoder(vae),
         preview=None if preview is None else lambda x: in_type_of(x, preview)(x),
         encode_picture=_own_channels(config.denoiser.in_channels) if vae is None else encoder(vae),

@@ -13,7 +13,6 @@ file does not say whether its row is eps or v, one call of the network does.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from sfumato.checkpoints.published import Json, Published
 from sfumato.families import common
@@ -37,38 +36,28 @@ def load(model: Published, name: str) -> Model:
     scheduler = model.configs.get("scheduler", {})
     network = common.unet(model)
     tower = common.tower(model, "text_encoder", "tokenizer", projected=False, pad=0)
-    for width in set(network.config.context_dim):
-        common.check_width(model, "words", width, tower.network.config.dim)
+    common.check_context(model, network, tower.network.config.dim)
     vae = common.autoencoder(model)
     inpaints = common.inpaints(model, network.config.in_channels, vae)
     schedule = common.schedule(scheduler)
-
-    def encode(prompts: list[str]) -> dict[str, Tensor]:
-        return {"context": tower.states(*tower.ids(prompts), skip=None)[0]}
 
     def probe() -> tuple[str, str]:
         latents = vae.config.latent_channels
         told = {"picture": torch.zeros(1, 1 + latents, 16, 16)} if inpaints else {}
         with torch.inference_mode():
-            return common.probe(network, schedule(schedule.t_max), latents, {**encode([""]), **told})
+            return common.probe(network, schedule(schedule.t_max), latents, {**tower.context([""]), **told})
 
     meaning, why = common.parameterization(scheduler, probe)
-    side = common.side(model.configs["unet"], vae, 768 if meaning.name == "v" else 512)
-    return common.assemble(
+    return common.assemble_unet(
         model,
         name,
         FAMILY,
         network,
         vae,
         why,
-        encode=encode,
+        usual=(25, 7.5, 768 if meaning.name == "v" else 512),
+        encode=tower.context,
         words=tower.spell,
         schedule=schedule,
         parameterization=meaning,
-        inpaints=inpaints,
-        max_pixels=1 << 22,
-        situate=lambda width, height, guidance: common.embedded_guidance(network, guidance),
-        distilled=network.config.guidance_dim > 0,
-        spacings=common.spacings(scheduler),
-        defaults=common.usual_unet(scheduler, network, 25, 7.5, side),
     )

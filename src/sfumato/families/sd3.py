@@ -76,6 +76,7 @@ def load(model: Published, name: str) -> Model:
         {"T5": "used" if t5 else "left out"},
         encode=encode,
         words=words,
+        truncated=(lambda prompt: 0) if t5 is None else t5.truncated,
         schedule=Flow(),
         parameterization=common.flow(1000.0),
         multiple=multiple,

@@ -30,17 +30,14 @@ def recognize(configs: dict[str, Json]) -> str | None:
 
 def load(model: Published, name: str) -> Model:
     """Build the model; BadCheckpoint where its parts do not fit."""
-    scheduler = model.configs.get("scheduler", {})
     network = common.unet(model)
     first = common.tower(model, "text_encoder", "tokenizer", projected=False)
     second = common.tower(model, "text_encoder_2", "tokenizer_2", projected=True, pad=0)
     a, b, c = first.network.config, second.network.config, network.config
-    for width in set(c.context_dim):
-        common.check_width(model, "words", width, a.dim + b.dim)
+    common.check_context(model, network, a.dim + b.dim)
     common.check_width(model, "pooled words", c.vector - 6 * c.size_dim, b.projection)
     vae = common.autoencoder(model)
-    inpaints = common.inpaints(model, network.config.in_channels, vae)
-    meaning, why = common.parameterization(scheduler)
+    meaning, why = common.parameterization(model.configs.get("scheduler", {}))
     zeros = bool(model.configs.get("", {}).get("force_zeros_for_empty_prompt", True))
 
     def encode(prompts: list[str]) -> dict[str, Tensor]:
@@ -56,22 +53,17 @@ def load(model: Published, name: str) -> Model:
         sizes = common.row([height, width, 0, 0, height, width])
         return {"sizes": sizes, **common.embedded_guidance(network, guidance)}
 
-    side = common.side(model.configs["unet"], vae, 1024)
-    return common.assemble(
+    return common.assemble_unet(
         model,
         name,
         FAMILY,
         network,
         vae,
         why,
+        usual=(30, 5.0, 1024),
         encode=encode,
         words=first.spell,
-        schedule=common.schedule(scheduler),
         parameterization=meaning,
-        inpaints=inpaints,
         max_pixels=1 << 23,
         situate=situate,
-        distilled=network.config.guidance_dim > 0,
-        spacings=common.spacings(scheduler),
-        defaults=common.usual_unet(scheduler, network, 30, 5.0, side),
     )

@@ -74,7 +74,7 @@ def trajectory(pipe: Pipeline, request: Request, *, attention: bool = True) -> I
     request = replace(request, n=1).resolve(pipe.model)
     model, recorder = watch(pipe.model, attention=attention)
     words, level = words_of(pipe, request), pipe.model.schedule.clean
-    for event in Pipeline(model, pipe.batch).run(request):
+    for event in Pipeline(model, pipe.batch, pipe.tile).run(request):
         if isinstance(event, Picture):
             yield Frame(level, event.pixels)
             yield event

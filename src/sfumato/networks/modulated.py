@@ -16,6 +16,7 @@ from sfumato.networks.blocks import (
     dot_product_attention,
     of_vectors,
     sinusoids,
+    split_heads,
 )
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (N, D/heads)
@@ -125,21 +126,18 @@ class JointAttention(nn.Module):
         self, x: Tensor, words: Tensor | None = None, rotation: Rotation | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, A, M + N, D/A) of words and cells, in that order."""
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(x)), self._split(self.to_v(x))
+        q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
         if hasattr(self, "norm_q"):
             q, k = self.norm_q(q), self.norm_k(k)
         if words is not None:
-            wq, wk = self._split(self.add_q_proj(words)), self._split(self.add_k_proj(words))
+            added = (self.add_q_proj(words), self.add_k_proj(words), self.add_v_proj(words))
+            wq, wk, wv = (split_heads(y, self.heads) for y in added)
             if hasattr(self, "norm_added_q"):
                 wq, wk = self.norm_added_q(wq), self.norm_added_k(wk)
-            q, k = torch.cat([wq, q], dim=2), torch.cat([wk, k], dim=2)
-            v = torch.cat([self._split(self.add_v_proj(words)), v], dim=2)
+            q, k, v = torch.cat([wq, q], dim=2), torch.cat([wk, k], dim=2), torch.cat([wv, v], dim=2)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         return q, k, v
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, A, N, D/A)
 
 
 class JointBlock(nn.Module):

@@ -86,6 +86,8 @@ class PictureFile:
                 raise BadRequest(f"{what} {path}: {kind}")
             with open(path, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
+        except BadRequest:  # which is a ValueError
+            raise
         except (OSError, ValueError) as e:
             raise BadRequest(f"{what} {path}: {getattr(e, 'strerror', None) or e}") from None
         local = not path.is_absolute() and ".." not in path.parts

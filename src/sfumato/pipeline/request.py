@@ -271,6 +271,9 @@ class Request:
         return replace(self, seed=self.seed + i, n=1)
 
 
+PICTURES = tuple(f.name for f in fields(Request) if str(f.type).startswith("PictureFile"))  # fields that hold one
+
+
 def _check_size(width: int, height: int, model: Model) -> None:
     unit = model.multiple
     if width % unit or height % unit:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from sfumato.networks.blocks import attend
+
 
 @dataclass(frozen=True)
 class SentenceEncoderConfig:
@@ -38,9 +40,8 @@ class BertLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Let each token see all real tokens of its sentence."""
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        x = self.norm1(x + self.out(y.transpose(1, 2).flatten(2)))
+        y = attend(self.q(x), self.k(x), self.v(x), self.heads, mask[:, None, None, :])
+        x = self.norm1(x + self.out(y))
         return self.norm2(x + self.narrow(F.gelu(self.wide(x))))
 
 
