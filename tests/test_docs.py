@@ -1,0 +1,59 @@
+"""What the documents show runs, and names what there is."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sfumato.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = ["README.md", "docs/diffusion.md"]  # the others' blocks want data, or are parts of something larger
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    found = blocks(ROOT / page, "python")
+    assert found
+    for block in found:
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_what_examples_import_is_there(page: Path) -> None:
+    for block in blocks(page, "python"):
+        if block.startswith("Sampler("):
+            continue  # a row of a table
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sfumato"):
+                assert all(hasattr(import_module(str(node.module)), a.name) for a in node.names), ast.unparse(node)
+
+
+def test_commands_take_the_flags_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    helps: dict[str, str] = {}
+    shown = 0
+    for page in PAGES:
+        for line in re.findall(r"^(?: {4})?sfumato (.*)$", page.read_text(), re.MULTILINE):
+            command, _, rest = line.partition(" #")[0].partition(" ")
+            assert command in COMMANDS, f"{page.name}: sfumato {line}"
+            if command == "data":
+                continue  # its flags are those of its own commands
+            if command not in helps:
+                assert main([command, "--help"]) == 0
+                helps[command] = capsys.readouterr().out
+            for flag in re.findall(r"(?<!\S)--[\w-]+", rest):
+                assert re.search(rf"{flag}\b", helps[command]), f"{page.name}: sfumato {line}"
+                shown += 1
+    assert shown > 10
