@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from sfumato.checkpoints.folder import read_tokenizer
-from sfumato.errors import BadCheckpoint
+from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.text.prompt import chunks, grid, parse, weigh
 from sfumato.text.tokenizer import clip_vocabulary, clip_words, packaged_clip, packaged_merges
 
@@ -85,12 +85,17 @@ def test_weights_are_read(prompt: str, expected: list[tuple[str, float] | None])
         assert p is None or e is None or p[1] == pytest.approx(e[1])
 
 
-def test_parsing_ends_on_any_text() -> None:
+def test_parsing_ends_on_any_text_and_loses_no_word() -> None:
     r = random.Random(0)
     for _ in range(500):
-        text = "".join(r.choice("ab ()[]:1.2\\BREAK\n🦊") for _ in range(r.randint(0, 60)))
-        parse(text)
-    parse("(" * 5000 + "a" + ")" * 5000)
+        text = "".join(r.choice([*"ab ()[]:\\\n🦊", ":1.2)", "BREAK"]) for _ in range(r.randint(0, 60)))
+        assert sum(part[0].count("a") for part in parse(text) if part is not None) == text.count("a"), text
+    (deep,) = parse("(" * 50 + "a" + ")" * 50)
+    assert deep is not None
+    assert deep == ("a", pytest.approx(1.1**50))
+    for heavy in ("(" * 5000 + "a" + ")" * 5000, f"(a:{'9' * 400})"):
+        with pytest.raises(BadRequest, match="'a' has weight"):
+            parse(heavy)
 
 
 def test_long_prompts_become_chunks_and_breaks_start_new_ones() -> None:

@@ -106,9 +106,7 @@ def contact_sheet(cells: list[tuple[Image.Image, str]]) -> bytes:
 
 
 def _words(row: dict[str, Any], captions: str) -> list[str]:
-    column = {"plain": "caption", "template": "caption", "none": "caption"}.get(
-        captions, captions.removeprefix("field:")
-    )
+    column = captions.removeprefix("field:") if captions.startswith("field:") else "caption"
     value = row.get(column)
     return [str(v)[:MAX_CHARACTERS] for v in (value if isinstance(value, list) else [value]) if v is not None]
 

@@ -19,18 +19,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfumato.errors import BadRequest
 from sfumato.text.spelling import Word
 from sfumato.text.tokenizer import Words
 
 STEP = 1.1  # of one pair of parentheses
 MAX_CHUNKS = 64
+MAX_WEIGHT = 1000.0  # far beyond use, and far below what overflows
 BREAK = None  # stands between two chunks in what ``parse`` returns
 
 _TOKEN = re.compile(r"\\[\\()\[\]]|[(\[\])]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
 
 
 def parse(prompt: str) -> list[tuple[str, float] | None]:
-    """Split a prompt into texts with their weights, and None at each BREAK; what is not closed counts to the end."""
+    """Split a prompt into texts with their weights, and None at each BREAK; what is not closed counts to the end.
+
+    Raises BadRequest for a weight beyond ±``MAX_WEIGHT``.
+    """
     parts: list[list[str | float] | None] = []
     round_, square = [], []  # where each open bracket's content starts
 
@@ -62,6 +67,8 @@ def parse(prompt: str) -> list[tuple[str, float] | None]:
     merged: list[tuple[str, float] | None] = []
     for part in parts:
         last = merged[-1] if merged else None
+        if part is not None and not abs(float(part[1])) <= MAX_WEIGHT:
+            raise BadRequest(f"{str(part[0])[:40]!r} has weight {part[1]:.3g} in the prompt; at most {MAX_WEIGHT:g}")
         if part is not None and last is not None and last[1] == part[1]:
             merged[-1] = (last[0] + str(part[0]), last[1])
         else:
