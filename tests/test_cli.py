@@ -297,7 +297,7 @@ def test_a_film_of_a_picture_that_is_enlarged_on_its_way(run: Run, tiny_file: Pa
 
 BAD: list[tuple[list[str], int, str]] = [
     ([], 2, "a command is missing"),
-    (["paint"], 2, "invalid choice: 'paint'"),
+    (["gnerate", "a"], 2, "no command 'gnerate'; did you mean 'generate'?"),
     (["generate"], 2, "required: PROMPT"),
     (["generate", ""], 2, "prompt is empty"),
     (["generate", "a", "--steps", "0"], 2, "steps must be a whole number from 1 to 1000, not 0"),
@@ -311,6 +311,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["generate", "a", "--size", "large"], 2, "size must be WxH"),
     (["generate", "a", "--size", "17x16"], 2, "the nearest is 16x16"),
     (["generate", "a", "--size", "4096x4096"], 2, "too large"),
+    (["generate", "a", "--size", "9999x9999"], 2, "too large"),
     (["generate", "a", "--size", "0x16"], 2, "width must be"),
     (["generate", "a", "--scale", "0"], 2, "scale must be"),
     (["generate", "a", "--stepz", "3"], 2, "--stepz"),
@@ -335,6 +336,10 @@ BAD: list[tuple[list[str], int, str]] = [
     (["generate", "a", "--trajectory", "film.gif"], 2, "exists already"),
     (["generate", "a", "--trajectory", "."], 2, "must end in .gif"),
     (["generate", "a\udcff"], 2, "no text"),
+    (["train"], 2, "needs a recipe"),
+    (["train", "."], 2, "train on its pictures with --data ."),
+    (["train", "--data", "sample", "--run", "file.txt"], 2, "cannot write file.txt"),
+    (["convert", "file.txt", "a.safetensors"], 3, "file.txt: not a safetensors file"),
     (["replay", "missing.png"], 4, "no such file"),
     (["replay", "file.txt"], 4, "not a whole PNG"),
     (["info", "missing"], 2, "no model"),

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from sfumato.console import Parser, printable
-from sfumato.errors import NoResources, SfumatoError
+from sfumato.errors import BadRequest, NoResources, SfumatoError, nearest
 
 COMMANDS = {  # name → module whose ``main(argv) -> int`` reads the command's flags, and what it does
     "generate": ("sfumato.cli.generate", "make pictures from words"),
@@ -83,6 +83,8 @@ def _run(argv: list[str]) -> int:
 
 def _without_command(argv: list[str]) -> int:
     """Help, the version, or what is wrong."""
+    if argv and not argv[0].startswith("-"):
+        raise BadRequest(f"no command {argv[0][:40]!r}{nearest(argv[0][:40], list(COMMANDS))}; see `sfumato --help`")
     parser = Parser(prog="sfumato", description="Words into pictures by diffusion.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--debug", action="store_true", help="show where an error came from (with any command)")

@@ -15,6 +15,7 @@ from sfumato.checkpoints.folder import read_folder, write_folder
 from sfumato.checkpoints.formats import form_of, weights
 from sfumato.checkpoints.published import Published
 from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file, write_tensors
+from sfumato.checkpoints.tensors import read_header
 from sfumato.console import Parser
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import locate, recognize
@@ -33,6 +34,7 @@ def convert(source: Path, target: Path, variant: str | None = None, *, allow_pic
     elif target.suffix != ".safetensors":
         write_folder(_with_tokenizers(read_single_file(source, allow_pickle=allow_pickle)), target)
     elif form_of(source) == "safetensors":
+        read_header(source)  # a file of no known form is refused as such
         raise BadRequest(f"{source} is a safetensors file already; name a folder to convert it to")
     else:
         write_tensors(weights(source, allow_pickle=allow_pickle), target)

@@ -20,7 +20,7 @@ def check(dtype: str, memory: str) -> None:
     """BadRequest for a word that is none of ``DTYPES`` or ``MEMORY``."""
     for what, word, known in (("dtype", dtype, DTYPES), ("memory", memory, MEMORY)):
         if word not in known:
-            raise BadRequest(f"no {what} {word!r}; there are {', '.join(known)}{nearest(word, list(known))}")
+            raise BadRequest(f"{what} is {' or '.join(known)}, not {word!r}{nearest(word, list(known))}")
 
 
 def decide(published: Published, dtype: str, memory: str) -> tuple[Keep, str]:

@@ -426,11 +426,9 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def _damage(network: nn.Module) -> str:
     """Say which weights are to blame for NaN."""
     bad = [name for name, p in network.named_parameters() if not p.isfinite().all()]
-    return (
-        f"its weights are damaged: NaN or infinity in {len(bad)} of them, {bad[0]} first"
-        if bad
-        else ("its weights are damaged, or too large")
-    )
+    if not bad:
+        return "its weights are damaged, or too large"
+    return f"its weights are damaged: NaN or infinity in {len(bad)} of them, {bad[0]} first"
 
 
 def _walk(

@@ -276,17 +276,17 @@ PICTURES = tuple(f.name for f in fields(Request) if str(f.type).startswith("Pict
 
 def _check_size(width: int, height: int, model: Model) -> None:
     unit = model.multiple
-    if width % unit or height % unit:
-        fit = [max(1, round(side / unit)) * unit for side in (width, height)]
-        raise BadRequest(
-            f"size {width}x{height} does not fit: model {model.name!r} needs sides that are multiples of {unit}; "
-            f"the nearest is {fit[0]}x{fit[1]}"
-        )
     if width * height > model.max_pixels:
         side = int((model.max_pixels**0.5) // unit) * unit
         raise BadRequest(
             f"size {width}x{height} is too large: model {model.name!r} makes at most {model.max_pixels} pixels, "
             f"such as {side}x{side}"
+        )
+    if width % unit or height % unit:
+        fit = [max(1, round(side / unit)) * unit for side in (width, height)]
+        raise BadRequest(
+            f"size {width}x{height} does not fit: model {model.name!r} needs sides that are multiples of {unit}; "
+            f"the nearest is {fit[0]}x{fit[1]}"
         )
 
 

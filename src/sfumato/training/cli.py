@@ -34,11 +34,14 @@ def main(argv: list[str]) -> int:
         overrides.remove(place)
         args.run = place.removeprefix("run=")
 
-    from sfumato.errors import BadData
+    from sfumato.errors import BadRequest
+    from sfumato.files import check_writable
     from sfumato.training.recipe import build_recipe, load_recipe
 
     if args.recipe is None and args.data is None:
-        raise BadData("sfumato train needs a recipe (such as recipes/tiny.yaml) or --data FOLDER")
+        raise BadRequest("sfumato train needs a recipe (such as recipes/tiny.yaml) or --data FOLDER")
+    if args.recipe is not None and Path(args.recipe).is_dir():
+        raise BadRequest(f"{args.recipe} is a folder, not a recipe: train on its pictures with --data {args.recipe}")
     if args.recipe is None:
         recipe, root = build_recipe({}, overrides, "settings"), Path()
     else:
@@ -47,6 +50,7 @@ def main(argv: list[str]) -> int:
         path = args.data if args.data == "sample" else str(Path(args.data).resolve())
         recipe = replace(recipe, data=replace(recipe.data, path=path))
     run = Path(args.run) if args.run else Path("runs") / recipe.name
+    check_writable(run)
 
     from sfumato.training.world import joined
 
