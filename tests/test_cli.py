@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from sfumato.cli import main
-from sfumato.cli.flags import add_request_flags, request_of
+from sfumato.cli.flags import GROUPS, add_request_flags, request_of
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.request import Request
@@ -421,6 +421,7 @@ def test_every_field_of_a_request_has_its_flag(tmp_path: Path, monkeypatch: pyte
     )  # fmt: skip
     flags = {flag for f in fields(Request) for flag in f.metadata["flags"]}
     assert flags <= {*words.split(), *more.split()}
+    assert {name for names in GROUPS.values() for name in names} <= {f.name for f in fields(Request)}
 
 
 # ── as a process ───────────────────────────────────────────────────────────────────────────────────────

@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> int:
     """Run ``sfumato explain`` and return the exit code; raises SfumatoError for bad input."""
     parser = Parser(
         prog="sfumato explain",
+        usage="%(prog)s [flags] PICTURE.png",
         description="Draw a picture again and explain it in one HTML file: its path out of the noise, where its words "
         "looked, what guidance and samplers do to it, and its noise schedule.",
     )

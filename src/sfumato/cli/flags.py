@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -10,17 +11,27 @@ from sfumato.errors import BadRequest
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.request import PICTURES, Request
 
+GROUPS = {  # of fields of a request under one title in a command's help; the others are under the first
+    "picture": (),
+    "sampling": ("steps", "sampler", "spacing", "guidance", "guidance_rescale", "guidance_interval", "eta"),
+    "from pictures": (*PICTURES, "strength", "outpaint", "control_scale", "image_prompt_scale"),
+    "variations and mixes": ("variation_seed", "variation_strength", "prompt_to", "mix"),
+    "enlargement": ("hires", "hires_strength", "upscale"),
+}
+
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag for each field of ``Request``; ``request_of`` reads them."""
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    titles = {name: title for title, names in GROUPS.items() for name in names}
     for f in fields(Request):
-        flags: tuple[str, ...] = f.metadata["flags"]
+        add, flags = groups[titles.get(f.name, "picture")].add_argument, f.metadata["flags"]
         if f.name == "prompt":
             parser.add_argument("prompt", metavar="PROMPT", help=f.metadata["help"])
         elif f.name == "width":
-            parser.add_argument("--size", metavar="WxH", help="width and height in pixels, before --upscale")
+            add("--size", metavar="WxH", help="width and height in pixels, before --upscale")
         elif flags:
-            parser.add_argument(*flags, dest=f.name, metavar=f.metadata["metavar"], help=f.metadata["help"])
+            add(*flags, dest=f.name, metavar=f.metadata["metavar"], help=f.metadata["help"])
 
 
 def request_of(args: argparse.Namespace) -> Request:
@@ -55,7 +66,7 @@ def _value(kind: str, text: str) -> Any:
 
 def add_model_flags(parser: argparse.ArgumentParser, default: str = "the one built in") -> None:
     """Add the flags that ``load_pipeline`` reads."""
-    add = parser.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--model", metavar="M", help=f"weight file, folder or name of a model (default: {default})")
     several: dict[str, Any] = {"action": "append", "default": []}
     add("--lora", metavar="FILE[:W]", **several, help="add a LoRA, with weight W (default: 1); may be given again")
@@ -65,7 +76,7 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "the one bui
     add("--control", metavar="FILE", help="add a ControlNet, which follows --control-image")
     add("--ip-adapter", metavar="FILE", help="add an IP-Adapter, which follows --image-prompt")
     add("--image-encoder", metavar="FOLDER", help="the IP-Adapter's (default: image_encoder beside it or in the model)")
-    add_reading_flags(parser)
+    _add_reading_flags(add)
     add("--tile", metavar="PIXELS", help="decode in tiles so wide, 0 in none (default: 1024 above 2048x2048 pixels)")
     add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")
     add("--dtype", metavar="fp32|bf16", help="type to compute in (default: fp32)")
@@ -90,17 +101,21 @@ def add_recorded_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how files of weights are read."""
-    add = parser.add_argument
+    _add_reading_flags(parser.add_argument)
+
+
+def _add_reading_flags(add: Callable[..., Any]) -> None:
     add("--variant", metavar="NAME", help="which files of a folder to take, such as fp16")
     add("--allow-pickle", action="store_true", help="read .ckpt, .pt and .bin too, in a process that can do little")
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where pictures go, and how large."""
-    parser.add_argument("--out", metavar="PATH", help="file or folder to write to (default: a new file in outputs/)")
-    parser.add_argument("--force", action="store_true", help="replace files that exist")
-    parser.add_argument("--scale", metavar="N", help="draw each pixel N times as large (default: until 256 wide)")
-    add_json_flag(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="PATH", help="file or folder to write to (default: a new file in outputs/)")
+    add("--force", action="store_true", help="replace files that exist")
+    add("--scale", metavar="N", help="draw each pixel N times as large (default: until 256 wide)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:

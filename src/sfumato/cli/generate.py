@@ -15,7 +15,7 @@ from sfumato.console import Parser
 def main(argv: Sequence[str]) -> int:
     """Run ``sfumato generate`` and return the exit code; raises SfumatoError for bad input."""
     started = time.perf_counter()
-    parser = Parser(prog="sfumato generate", description="Make pictures from words.")
+    parser = Parser(prog="sfumato generate", usage="%(prog)s [flags] PROMPT", description="Make pictures from words.")
     add_request_flags(parser)
     add_model_flags(parser)
     add_output_flags(parser)

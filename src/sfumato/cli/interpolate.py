@@ -19,7 +19,9 @@ def main(argv: Sequence[str]) -> int:
     """Run ``sfumato interpolate`` and return the exit code; raises SfumatoError for bad input."""
     started = time.perf_counter()
     parser = Parser(
-        prog="sfumato interpolate", description="Make pictures on the way from one prompt to another, of one seed."
+        prog="sfumato interpolate",
+        usage="%(prog)s [flags] PROMPT",
+        description="Make pictures on the way from one prompt to another, of one seed.",
     )
     add_request_flags(parser)
     add_model_flags(parser)

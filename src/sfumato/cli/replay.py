@@ -16,7 +16,9 @@ def main(argv: Sequence[str]) -> int:
     """Run ``sfumato replay`` and return the exit code, 1 if the pixels differ; raises SfumatoError for bad input."""
     started = time.perf_counter()
     parser = Parser(
-        prog="sfumato replay", description="Make a picture again from the request inside its PNG, and compare."
+        prog="sfumato replay",
+        usage="%(prog)s [flags] PICTURE.png",
+        description="Make a picture again from the request inside its PNG, and compare.",
     )
     add_recorded_flags(parser)
     add_output_flags(parser)
