@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -42,19 +42,23 @@ def theirs_meaning(pipe: DiffusionPipeline) -> str:
     return {"epsilon": "epsilon", "v_prediction": "v"}[pipe.scheduler.config.prediction_type]
 
 
-@pytest.fixture(scope="module", params=[(f, s) for f in ("sd1", "sd2", "sdxl") for s in range(3)], ids=str)
-def published(request: Any, tmp_path_factory: Any) -> tuple[str, int, DiffusionPipeline, Path]:
+Saved: TypeAlias = tuple[str, int, DiffusionPipeline, Path]
+
+
+def saved(family: str, seed: int, factory: pytest.TempPathFactory) -> Saved:
     """A family, a seed, a pipeline of diffusers, and the folder it was saved to."""
-    family, seed = request.param
-    folder = tmp_path_factory.mktemp(f"{family}-{seed}")
+    folder = factory.mktemp(f"{family}-{seed}") / "model"
     pipe = make(family, seed)
-    pipe.save_pretrained(folder / "model")
-    return family, seed, pipe, folder / "model"
+    pipe.save_pretrained(folder)
+    return family, seed, pipe, folder
 
 
-def test_pictures_equal_diffusers_from_folder_and_from_single_file(
-    published: tuple[str, int, DiffusionPipeline, Path], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module", params=[(f, s) for f in ("sd1", "sd2", "sdxl") for s in range(3)], ids=str)
+def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return saved(*request.param, tmp_path_factory)
+
+
+def test_pictures_equal_diffusers_from_folder_and_from_single_file(published: Saved, tmp_path: Path) -> None:
     family, seed, theirs, folder = published
     ours = sfumato.load(folder)
     assert ours.model.family == family
@@ -90,9 +94,7 @@ def test_pictures_equal_diffusers_from_folder_and_from_single_file(
     assert np.array_equal(again.pixels, picture.pixels)
 
 
-def test_conversion_there_and_back_is_bitwise(
-    published: tuple[str, int, DiffusionPipeline, Path], tmp_path: Path
-) -> None:
+def test_conversion_there_and_back_is_bitwise(published: Saved, tmp_path: Path) -> None:
     _, _, _, folder = published
     file = convert(folder, tmp_path / "model.safetensors")
     back = convert(file, tmp_path / "back")
@@ -109,16 +111,11 @@ def test_conversion_there_and_back_is_bitwise(
 
 
 @pytest.fixture(scope="module", params=[(f, s) for f in ("sd3", "flux") for s in range(4)], ids=str)
-def flowing(request: Any, tmp_path_factory: Any) -> tuple[str, int, DiffusionPipeline, Path]:
-    """The same for the families of flows."""
-    family, seed = request.param
-    folder = tmp_path_factory.mktemp(f"{family}-{seed}")
-    pipe = make(family, seed)
-    pipe.save_pretrained(folder / "model")
-    return family, seed, pipe, folder / "model"
+def flowing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return saved(*request.param, tmp_path_factory)
 
 
-def test_pictures_of_flows_equal_diffusers(flowing: tuple[str, int, DiffusionPipeline, Path], tmp_path: Path) -> None:
+def test_pictures_of_flows_equal_diffusers(flowing: Saved, tmp_path: Path) -> None:
     family, seed, theirs, folder = flowing
     ours = sfumato.load(folder)
     model = ours.model

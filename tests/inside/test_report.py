@@ -41,7 +41,8 @@ def explained(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("explain")
     picture, page = folder / "apple.png", folder / "report.html"
     flags = ["--model", str(tiny_file)]
-    assert main(["generate", PROMPT, "--seed", "3", "--steps", "3", "--out", str(picture), *flags]) == 0
+    larger = ["--upscale", "4"]  # as the embedded model's pictures are
+    assert main(["generate", PROMPT, "--seed", "3", "--steps", "3", "--out", str(picture), *larger, *flags]) == 0
     assert main(["explain", str(picture), "--out", str(page), "--steps", "3,6", *flags]) == 0
     assert main(["explain", str(picture), "--out", str(page), "--steps", "3,6", *flags]) == 2, "it exists already"
     return page.read_text()

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     source = None if args.noise is None else PictureFile.open("noise", args.noise).image("noise")
     pipe, request = load_recorded(args, stored.picture)
     picture = replace(stored.picture, request=request)
-    pixels = picture.pixels if source is None else fitted(source, request.resolve(pipe.model))
+    pixels = fitted(source or picture.image, request.resolve(pipe.model))  # it may have been enlarged at the end
     more: dict[str, Any] = {} if steps is None else {"steps": steps}
     page = report(pipe, picture, pixels, tell=_tell, **more)
     if sys.stderr.isatty():
