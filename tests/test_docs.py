@@ -8,9 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sfumato.cli import COMMANDS, main
+from sfumato.diffusion import SCHEDULES, SPACINGS, NoiseLevel, Prediction, samplers
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +31,24 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found
     for block in found:
         exec(compile(block, page, "exec"), names)
+
+
+def test_the_sampler_that_contributors_are_shown_works() -> None:
+    loop, row = blocks(ROOT / "CONTRIBUTING.md", "python")
+    names = dict(vars(samplers))
+    exec(loop, names)
+    sampler = eval(row.strip().rstrip(","), names)
+    rng = np.random.default_rng(0)
+
+    def gaussian(x: Any, level: NoiseLevel) -> Prediction:  # the best denoiser of N(2, 0.5²)
+        gain = level.alpha * 0.25 / (level.alpha**2 * 0.25 + level.sigma**2)
+        return Prediction.from_x0(x, level, 2 + gain * (x - 2 * level.alpha))
+
+    start = rng.standard_normal((10_000, 1))
+    path = SPACINGS["trailing"](SCHEDULES["flow"](), 50)
+    *_, last = sampler(gaussian, start, path, lambda x: rng.standard_normal(x.shape))
+    assert last.x.mean() == pytest.approx(2, abs=0.05)
+    assert last.x.std() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

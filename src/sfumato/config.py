@@ -30,7 +30,7 @@ def from_dict(cls: type[T], raw: Any, where: str) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Turn a recipe back into plain data that JSON and YAML can hold."""
+    """Turn settings back into plain data that JSON and YAML can hold."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
