@@ -47,6 +47,12 @@ def slow(name: str) -> Model:
     return replace(model, network=Acting(model.network, lambda: time.sleep(10 * SLEEP)))
 
 
+def loud(name: str) -> Model:
+    """Sleepy, and its previews are as large as they get: noise."""
+    model = sleepy(name)
+    return replace(model, preview=lambda x: torch.rand(len(x), 3, 384, 384) * 2 - 1)
+
+
 LEAK: list[bytes] = []
 
 

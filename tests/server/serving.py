@@ -20,21 +20,27 @@ HERE = Path(__file__).parent
 START, END = 300.0, 120.0  # seconds within which things happen on a busy machine
 Json = dict[str, Any]
 
-# The command, but for the loader, which is no flag: nothing but tests has another.
+# The command, but for the loader and what else is no flag: nothing but tests has others.
 COMMAND = """
-import os, sys, time
+import json, os, socket, sys, time
 if "SFUMATO_TEST_CLOCK" in os.environ:  # a file that says by how much the clock is wrong
     def now(right=time.time):
         with open(os.environ["SFUMATO_TEST_CLOCK"]) as file:
             return right() + float(file.read() or 0)
     time.time = now
 from sfumato.server import settings, cli
-loader = sys.argv.pop(1)
-of = cli.settings_of
+loader, buffer = sys.argv.pop(1), os.environ.get("SFUMATO_TEST_SEND_BUFFER")
+of, listen = cli.settings_of, cli._listen
 def with_loader(args):
     import dataclasses
-    return dataclasses.replace(of(args), loader=loader)
-cli.settings_of = with_loader
+    settings = json.loads(os.environ.get("SFUMATO_TEST_SETTINGS", "{}"))
+    return dataclasses.replace(of(args), loader=loader, **settings)
+def with_buffer(settings):
+    listener = listen(settings)
+    if buffer is not None:  # of every connection that it accepts
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, int(buffer))
+    return listener
+cli.settings_of, cli._listen = with_loader, with_buffer
 from sfumato.cli import main
 sys.exit(main(["serve", *sys.argv[1:]]))
 """

@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -52,6 +54,10 @@ def test_lists(shared: Server) -> None:
     override = {"override_settings": {"sd_model_checkpoint": model["title"]}}
     assert shared.http.post(f"{API}/txt2img", json={"prompt": "a", "steps": 1, **override}).status_code == 200
     assert shared.http.get(f"{API}/options").json()["sd_model_checkpoint"] == model["model_name"]
+    for name in ("loras", "upscalers", "embeddings", "sd-vae", "cmd-flags"):
+        assert shared.http.get(f"{API}/{name}").status_code == 200, "tools ask for it when they connect"
+    for wrong in ({"sd_model_checkpoint": "other"}, {"samples_format": "jpg"}, {"sd_model_checkpoint": 3}):
+        assert shared.http.post(f"{API}/options", json=wrong).status_code == 422
 
 
 @pytest.mark.parametrize(
@@ -64,6 +70,7 @@ def test_lists(shared: Server) -> None:
         ({"prompt": " "}, "prompt is empty"),
         ({"batch_size": 0}, "batch_size"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "override_settings"),
+        ({"override_settings": ["a"]}, "override_settings"),
     ],
 )
 def test_what_cannot_be_served_is_an_error_in_their_form(
@@ -75,8 +82,10 @@ def test_what_cannot_be_served_is_an_error_in_their_form(
     assert answer.json()["error"] == "bad_request"
 
 
-def test_progress_and_interrupt_are_of_the_callers_own_job(serve: Serve) -> None:
-    server = serve("engines:sleepy", "--batch", "4")
+def test_progress_and_interrupt_are_of_the_callers_own_job_and_options_of_his_model(
+    serve: Serve, make_tiny_file: Callable[[int], Path]
+) -> None:
+    server = serve("engines:sleepy", "--batch", "4", "--model", str(make_tiny_file(1)))
     answers: dict[str, httpx.Response] = {}
 
     def make(name: str, steps: int) -> None:
@@ -105,3 +114,17 @@ def test_progress_and_interrupt_are_of_the_callers_own_job(serve: Serve) -> None
     assert answers["one"].json()["images"] == []
     assert len(answers["two"].json()["images"]) == 1
     assert server.check_sum() == {"done": 1, "cancelled": 1, "failed": 0, "queued": 0, "running": 0}
+
+    def options(name: str, **chosen: str) -> str:
+        headers = {"X-Client-Id": name}
+        if chosen:
+            assert httpx.post(f"{server.url}{API}/options", headers=headers, json=chosen).status_code == 200
+        return httpx.get(f"{server.url}{API}/options", headers=headers).json()["sd_model_checkpoint"]
+
+    first, second = (m["title"] for m in server.http.get(f"{API}/sd-models").json())
+    assert options("two", sd_model_checkpoint=second) == "tiny-1"
+    assert options("one") == "tiny-0"
+    for name in ("one", "two"):
+        make(name, 1)
+        assert json.loads(answers[name].json()["info"])["sd_model_name"] == options(name)
+    assert options("two", sd_model_checkpoint=first) == "tiny-0"

@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import pytest
-from serving import Serve, Server
+from serving import START, Serve, Server, until
 
 from sfumato.cli import main
 
 TOKEN = "a-token-for-tests-0123456789"
+APP, PUBLIC = "https://app.example.org", "https://pictures.example.org"
 JSON = {"content-type": "application/json"}
 WORDS = b'{"prompt": "a red apple", "steps": 1}'
 
@@ -52,6 +53,8 @@ def test_an_address_that_others_reach_needs_a_token(capsys: pytest.CaptureFixtur
         (["--model", "missing"], "no model"),
         (["--folder", "short"], "cannot use the folder"),
         (["--token", "x"], "unrecognized"),
+        (["--allow-origin", "*"], "--allow-origin must be an address"),
+        (["--public-url", "https://example.org/path"], "--public-url must be an address"),
     ],
 )
 def test_a_server_that_cannot_be_started_says_why(
@@ -66,7 +69,7 @@ def test_a_server_that_cannot_be_started_says_why(
 
 
 def test_with_a_token_every_route_but_liveness_and_readiness_gives_401(serve: Serve) -> None:
-    server = serve(ready=False, token=TOKEN)
+    server = serve("sfumato.families:load", "--allow-origin", APP, "--public-url", PUBLIC, ready=False, token=TOKEN)
     bare = httpx.Client(base_url=server.url)
     routes: dict[str, Any] = server.http.get("/openapi.json").json()["paths"]
     assert {"/jobs", "/metrics", "/pictures/{id}.png", "/v1/images/generations", "/sdapi/v1/txt2img"} <= routes.keys()
@@ -93,9 +96,30 @@ def test_with_a_token_every_route_but_liveness_and_readiness_gives_401(serve: Se
                 assert TOKEN not in answer.text
     assert httpx.get(f"{server.url}/limits", auth=("anyone", TOKEN)).status_code == 200
     assert httpx.get(f"{server.url}/limits", headers={"Authorization": f"bearer {TOKEN}"}).status_code == 200
+    _other_pages(server, bare)
     bare.close()
     assert TOKEN not in server.log.read_text()
     assert TOKEN not in Path(f"/proc/{server.process.pid}/cmdline").read_text()
+
+
+def _other_pages(server: Server, bare: httpx.Client) -> None:
+    """Pages of an allowed origin, and who comes through a proxy."""
+    until(lambda: bare.get("/readyz").status_code == 200, START)
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    for origin, allowed in ((APP, True), ("https://evil.com", False), ("null", False)):
+        before = bare.options("/jobs", headers={"Origin": origin, **asked})
+        here = {"Origin": origin, "Sec-Fetch-Site": "cross-site"}
+        without = bare.post("/jobs", headers=here, json={"prompt": "a", "steps": 1})
+        sent = server.http.post("/jobs", headers=here, json={"prompt": "a", "steps": 1})
+        assert (before.status_code, without.status_code, sent.status_code) == (
+            (200, 401, 202) if allowed else (400, 401, 403)
+        )
+        for answer in (before, without, sent):
+            assert answer.headers.get("access-control-allow-origin") == (origin if allowed else None)
+            assert "access-control-allow-credentials" not in answer.headers
+    through = {"Host": PUBLIC.removeprefix("https://"), "Origin": PUBLIC}
+    made = server.http.post("/v1/images/generations", headers=through, json={"prompt": "a", "steps": 1}).json()
+    assert made["data"][0]["url"].startswith(f"{PUBLIC}/pictures/")
 
 
 HOSTS = ["localhost", "127.0.0.1", "[::1]"]
@@ -245,7 +269,10 @@ def test_what_is_announced_too_large_is_not_read(shared: Server) -> None:
     head += b"Transfer-Encoding: chunked\r\n\r\n"
     assert status(raw(shared, head + chunks)) == 413
     long = b"GET /jobs HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: " + b"a" * 20_000 + b"\r\n\r\n"
-    assert status(raw(shared, long)) in (400, 431)
+    for strange in (long, b"no HTTP at all\r\n\r\n"):
+        answer = raw(shared, strange)
+        assert status(answer) == 400
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "bad_request"
 
 
 def test_no_place_of_this_machine_in_an_answer(shared: Server) -> None:

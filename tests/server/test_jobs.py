@@ -78,6 +78,20 @@ def test_a_picture_that_no_network_follows_is_refused(shared: Server) -> None:
         assert f"{name} has no effect" in answer.json()["error"]["message"]
 
 
+def test_an_answer_may_wait_for_the_end(shared: Server) -> None:
+    def wait(id: str, seconds: Any) -> httpx.Response:
+        return shared.http.get(f"/jobs/{id}", params={"wait": seconds})
+
+    assert wait(shared.submit(steps=2)["id"], 60).json()["state"] == "done"
+    long = shared.submit(steps=200, n=8)["id"]
+    assert wait(long, 0.01).json()["state"] in ("queued", "running")
+    shared.http.delete(f"/jobs/{long}")
+    assert wait(long, 60).json()["state"] == "cancelled"
+    assert wait("none", 1).status_code == 404
+    for wrong in (61, -1, "nan", "long"):
+        assert wait(long, wrong).status_code == 422
+
+
 def test_lists_of_jobs(shared: Server) -> None:
     ids = [shared.submit("a", seed=i, steps=1)["id"] for i in range(3)]
     for id in ids:

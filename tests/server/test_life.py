@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import openai
+from PIL import Image
 from serving import END, START, Serve, Server, until
 
+from sfumato.families import load
 from sfumato.server.context import Mailbox
+from sfumato.server.worker import AHEAD, Worker
 
 ENDED = {"done", "failed", "cancelled"}
 
@@ -94,7 +100,6 @@ def test_who_hangs_up_takes_his_job_with_him(serve: Serve) -> None:
     with server.http.stream("GET", f"/jobs/{watched['id']}/events") as stream:
         next(stream.iter_lines())
     assert server.ended(watched["id"])["state"] == "done", "who only looks on takes nothing with him"
-    _never_reads(server)
     server.check_sum()
 
 
@@ -102,18 +107,49 @@ def _jobs(server: Server) -> list[dict[str, Any]]:
     return server.http.get("/jobs", params={"limit": 100}).json()["jobs"]
 
 
-def _never_reads(server: Server) -> None:
-    """Who asks for news and never takes it keeps nobody waiting."""
-    at = urlsplit(server.url)
+def test_clients_that_never_read_cost_little_and_are_let_go(serve: Serve) -> None:
+    """The kernel's buffers and the server's own are full; nobody else waits, nothing piles up, and it ends."""
+    settings = {"SFUMATO_TEST_SETTINGS": '{"idle": 6}', "SFUMATO_TEST_SEND_BUFFER": "8192"}
+    server = serve("engines:loud", "--batch", "4", **settings)
+    noise = io.BytesIO()
+    Image.frombytes("RGB", (2000, 1500), random.Random(0).randbytes(9_000_000)).save(noise, "PNG", compress_level=0)
+    upload = server.http.post("/uploads", content=noise.getvalue(), headers={"content-type": "image/png"}).json()["id"]
     job = server.submit(steps=200, n=2)
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        s.connect((at.hostname or "", at.port or 0))
-        s.sendall(f"GET /jobs/{job['id']}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        other = server.submit("other", steps=2)
-        assert server.ended(other["id"])["state"] == "done"
+    server.running(job["id"])
+    peak, open_files = _peak(server), len(_files(server))
+    paths = [f"/uploads/{upload}.png"] * 20 + [f"/jobs/{job['id']}/events"] * 10
+    whole = [f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() for path in paths]
+    with ExitStack() as stack:
+        for data in (*whole, b"", b"GET /jobs HTTP/1.1\r\nHost: loc"):
+            s = stack.enter_context(socket.socket())
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.connect((urlsplit(server.url).hostname or "", urlsplit(server.url).port or 0))
+            s.sendall(data)
+        assert server.ended(server.submit("other", steps=2)["id"])["state"] == "done"
+        until(lambda: _let_go(server) == {"takes no answer": len(whole), "sends no headers": 2})
+        assert server.job(job["id"])["state"] == "running", "whoever looks on keeps no job waiting"
+    assert _peak(server) - peak < 32, "MiB; 180 were asked for, and as much again in previews"
+    until(lambda: len(_files(server)) <= open_files + 1)
+    assert len([line for line in server.lines() if line.get("route") == "/jobs/{id}/events"]) == 10, "each has ended"
     server.http.delete(f"/jobs/{job['id']}")
     assert server.ended(job["id"])["state"] == "cancelled"
+    server.check_sum()
+
+
+def _let_go(server: Server) -> dict[str, int]:
+    """How many clients were let go, and why."""
+    told = re.findall(r"a client that ([a-z ]+) is let go", server.log.read_text())
+    return {why: told.count(why) for why in told}
+
+
+def _peak(server: Server) -> float:
+    """The most memory that the server's own process ever had, in MiB."""
+    with open(f"/proc/{server.process.pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+
+def _files(server: Server) -> list[str]:
+    return os.listdir(f"/proc/{server.process.pid}/fd")
 
 
 def test_news_that_nobody_takes_do_not_pile_up() -> None:
@@ -125,6 +161,22 @@ def test_news_that_nobody_takes_do_not_pile_up() -> None:
     assert sorted((kind, data["step"]) for kind, data in news) == [
         ("preview", 9998), ("preview", 9999), ("step", 9999)
     ]  # fmt: skip
+
+
+def test_a_computation_goes_on_as_its_answers_are_taken(tiny_file: Path) -> None:
+    told: list[dict[str, Any]] = []
+    worker = Worker(load, 4, lambda message, blob=b"": told.append(message))
+    arguments = {"request": {"prompt": "a red apple", "seed": 1, "steps": 20}}
+    order = {"do": "compute", "function": "sfumato.inside.compute:path", "arguments": arguments}
+    worker.obey({**order, "id": "c", "model": str(tiny_file)})
+    for taken in (0, 1, 40):
+        for _ in range(taken):
+            worker.obey({"do": "more", "id": "c"})
+        while worker.busy:
+            worker.go_on()
+        assert taken == 40 or len(told) == AHEAD + taken
+    assert [m["value"]["kind"] for m in told[:-1]] == ["start", *["frame"] * 21, "end"]
+    assert told[-1] == {"is": "computed", "id": "c", "end": True}
 
 
 def test_workers_that_die(serve: Serve) -> None:

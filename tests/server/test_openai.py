@@ -113,6 +113,8 @@ def test_edits_repaint_what_the_mask_leaves_open(client: openai.OpenAI) -> None:
     assert not np.array_equal(after[:, 8:], old[:, 8:])
     with pytest.raises(openai.UnprocessableEntityError, match="transparent where"):
         client.images.edit(image=("a.png", file_of(before)), mask=("m.png", file_of(before)), prompt="a")
+    with pytest.raises(openai.UnprocessableEntityError, match="given more than once"):
+        client.images.edit(image=[("a.png", file_of(before)), ("b.png", file_of(before))], prompt="a")
     with pytest.raises(openai.UnprocessableEntityError, match="not a whole PNG"):
         client.images.edit(image=("a.png", io.BytesIO(b"GIF89a")), prompt="a")
 

@@ -1,7 +1,8 @@
 """AUTOMATIC1111's dialect, ``/sdapi/v1``: the settings that many tools send.
 
 What would change the picture and is not there is refused, unless it is off. What has no meaning here is listed in the
-answer's ``info.ignored``. ``progress`` and ``interrupt`` speak of the caller's own newest job.
+answer's ``info.ignored``. ``progress`` and ``interrupt`` speak of the caller's own newest job, ``options`` of the
+model that the caller chose.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import base64
 import io
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -42,9 +44,20 @@ OFF: Mapping[str, tuple[Any, ...]] = {  # settings that are not there, and the v
     "restore_faces": (False,), "tiling": (False,), "script_name": ("",), "alwayson_scripts": ({},), "styles": ([],),
     "refiner_checkpoint": ("",), "seed_resize_from_w": (-1, 0), "seed_resize_from_h": (-1, 0), "s_churn": (0,),
     "s_noise": (1,), "s_tmin": (0,), "firstpass_image": ("",), "enable_hr": (False,), "hr_prompt": ("",),
-    "hr_negative_prompt": ("",), "image_cfg_scale": (1.5, 1), "include_init_images": (False,),
+    "hr_negative_prompt": ("",), "image_cfg_scale": (1.5, 1), "include_init_images": (False,), "infotext": ("",),
+    "hr_second_pass_steps": (0,), "hr_resize_x": (0,), "hr_resize_y": (0,), "hr_scheduler": ("", "Use same scheduler"),
+    "hr_sampler_name": ("", "Use same sampler"), "hr_checkpoint_name": ("", "Use same checkpoint"),
+    "latent_mask": ("",), "initial_noise_multiplier": (1,), "s_min_uncond": (0,),
 }  # fmt: skip
-SETTING = {"type": "string"}
+OVERRIDES_OFF: Mapping[str, tuple[Any, ...]] = {  # the same, of override_settings
+    "CLIP_stop_at_last_layers": (1,), "sd_vae": ("Automatic", "None", ""), "eta_noise_seed_delta": (0,),
+}  # fmt: skip
+LISTS: Mapping[str, Any] = {  # what tools look for when they connect, and there is none of
+    "loras": [], "hypernetworks": [], "sd-vae": [], "prompt-styles": [], "face-restorers": [], "upscalers": [],
+    "latent-upscale-modes": [], "embeddings": {"loaded": {}, "skipped": {}}, "scripts": {"txt2img": [], "img2img": []},
+    "cmd-flags": {},
+}  # fmt: skip
+CLIENTS = 1000  # whose chosen model is remembered
 MAX_BLUR = 256  # pixels
 
 
@@ -53,12 +66,14 @@ def routes(context: Context) -> APIRouter:
     router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
     shown: dict[str, str] = {}  # job → newest preview, while its client asks for them
     watching: set[asyncio.Task[None]] = set()
+    chosen: OrderedDict[str, str] = OrderedDict()  # client → model
 
     async def make(request: Request, given: dict[str, Any], settings: dict[str, Any]) -> JSONResponse:
         echo = {k: v for k, v in given.items() if k not in ("init_images", "mask")}
-        settings, model, ignored, send = _read(context, given, settings)
-        settings = drawn(context.facts(model), settings)
         client = client_of(request)
+        settings, model, ignored, send = _read(context, given, settings)
+        model = chosen.get(client) if model is None else model
+        settings = drawn(context.facts(model), settings)
         job = await outcome(context, request, await context.submit("a1111", client, settings, model))
         return JSONResponse(await _result(context, job, echo, ignored, send))
 
@@ -140,10 +155,41 @@ def routes(context: Context) -> APIRouter:
         )  # fmt: skip
 
     @router.get("/options", summary="The model that is used where none is named")
-    async def options() -> JSONResponse:
-        return JSONResponse({"sd_model_checkpoint": context.default_model})
+    async def options(request: Request) -> JSONResponse:
+        return JSONResponse({"sd_model_checkpoint": chosen.get(client_of(request), context.default_model)})
+
+    @router.post("/options", summary="Choose the caller's model", openapi_extra=body_of(_body("sd_model_checkpoint")))
+    async def choose(request: Request) -> JSONResponse:
+        model = _model_of(context, await read_json(request), "options")
+        if model is not None:
+            chosen[client_of(request)] = context.facts(model).name
+            chosen.move_to_end(client_of(request))
+            if len(chosen) > CLIENTS:
+                chosen.popitem(last=False)
+        return JSONResponse({})
+
+    def add_list(name: str, answer: Any) -> None:
+        @router.get(f"/{name}", summary="None", name=name)
+        async def nothing() -> JSONResponse:
+            return JSONResponse(answer)
+
+    for name, answer in LISTS.items():
+        add_list(name, answer)
 
     return router
+
+
+def _model_of(context: Context, given: Any, what: str) -> str | None:
+    """The name of the model in their options, by which other options may only be off; raises ApiError."""
+    given = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else {"": given}
+    title = given.pop("sd_model_checkpoint", None)
+    for name, value in given.items():
+        if value not in OVERRIDES_OFF.get(name, ()):
+            fail(422, f"{what} can only name sd_model_checkpoint, not {name[:60]!r}")
+    titles = {f"{name} [{facts.hash[:10]}]": name for name, facts in context.models.items()}
+    if not isinstance(title, str | None):
+        fail(422, "sd_model_checkpoint must be a name")
+    return None if title is None else titles.get(title, title)
 
 
 def _read(
@@ -170,18 +216,15 @@ def _read(
     if "hires" in OURS and left.get("enable_hr") is True:
         del left["enable_hr"]
         settings |= {"hires": left.pop("hr_scale", 2.0), "hires_strength": left.pop("denoising_strength", 0.75)}
-    overrides = left.pop("override_settings", {})
-    if not isinstance(overrides, dict) or not set(overrides) <= {"sd_model_checkpoint"}:
-        fail(422, "override_settings can only name sd_model_checkpoint")
-    title = overrides.get("sd_model_checkpoint")
-    names = {f"{name} [{facts.hash[:10]}]": name for name, facts in context.models.items()}
+    model = _model_of(context, left.pop("override_settings", {}), "override_settings")
+    left.pop("override_settings_restore_afterwards", None)  # nothing of it stays
     for name, allowed in OFF.items():
         if name in left and left.pop(name) not in allowed:
             fail(422, f"{name} is not there: leave it out, or off")
     send = left.pop("send_images", True) is not False
     for name in ("save_images", "do_not_save_samples", "do_not_save_grid"):
         left.pop(name, None)  # pictures are always kept, grids never made
-    return settings, title if title is None else names.get(title, title), sorted(k[:60] for k in left), send
+    return settings, model, sorted(k[:60] for k in left), send
 
 
 def _read_sampler(left: dict[str, Any], settings: dict[str, Any]) -> None:

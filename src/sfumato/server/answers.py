@@ -57,11 +57,15 @@ async def read_form(request: Request) -> dict[str, Any]:
         fail(415, "the body must be multipart/form-data")
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return dict(await request.form(max_files=FILES, max_fields=FIELDS, max_part_size=JSON_BYTES))
+            form = await request.form(max_files=FILES, max_fields=FIELDS, max_part_size=JSON_BYTES)
     except TimeoutError:
         fail(408, "the body did not arrive in time", "bad_request")
     except (MultiPartException, HTTPException, ValueError, KeyError):
         fail(400, "the body is no whole form")
+    if len(form.multi_items()) > len(form):
+        twice = next(name for name in form if len(form.getlist(name)) > 1)
+        fail(422, f"{twice[:60]!r} is given more than once; one is taken")
+    return dict(form)
 
 
 def check_nesting(text: str) -> None:

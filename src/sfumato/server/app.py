@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DatabaseError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
@@ -77,7 +78,13 @@ def build_app(context: Context) -> Any:
     kinds = (ApiError, SfumatoError, DatabaseError, OSError, ClientDisconnect, HTTPException, RequestValidationError)
     for kind in (*kinds, Exception):
         app.add_exception_handler(kind, _answer)
-    return Guard(app, context.settings, metrics.seen)
+    guard = Guard(app, context.settings, metrics.seen)
+    if not context.settings.origins:
+        return guard
+    return CORSMiddleware(
+        guard, allow_origins=[o.lower() for o in context.settings.origins], allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"], expose_headers=["Location", "Retry-After", "X-Request-Id"],
+    )  # fmt: skip
 
 
 async def _answer(request: Request, error: Exception) -> Response:

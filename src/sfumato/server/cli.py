@@ -71,6 +71,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         host=args.host,
         port=args.port,
         hosts=tuple(args.allow_host),
+        origins=tuple(args.allow_origin),
+        public_url=args.public_url,
         token=_token(args.token_file),
         database=args.database,
         limits=Limits(**{f.name: getattr(args, f"max_{f.name}") for f in fields(Limits)}),
@@ -94,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     add("--port", metavar="P", type=int, default=PORT, help=f"port to listen on, 0 for any (default: {PORT})")
     add("--allow-host", metavar="NAME", action="append", default=[], help="a further name of this server")
+    add("--allow-origin", metavar="URL", action="append", default=[], help="pages of it may use the API (CORS)")
+    add("--public-url", metavar="URL", help="where clients find this server behind a proxy")
     add("--token-file", metavar="FILE", help=f"file with the token that clients must show (or set {TOKEN})")
     add("--database", metavar="URL", help="SQLAlchemy URL of the queue (default: SQLite in the folder)")
     add(
@@ -133,13 +137,14 @@ def _listen(settings: Settings) -> socket.socket:
 async def _serve(app: Any, context: Context, listener: socket.socket) -> int:
     import uvicorn
 
+    from sfumato.server.connection import Connection
     from sfumato.server.logs import log
     from sfumato.server.settings import HEADER_BYTES
 
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, http="h11", ws="none", lifespan="on", server_header=False,
-        proxy_headers=False,
-        h11_max_incomplete_event_size=HEADER_BYTES, timeout_keep_alive=75, timeout_graceful_shutdown=5,
+        app, log_config=None, access_log=False, http=Connection, ws="none", lifespan="on", server_header=False,
+        proxy_headers=False, h11_max_incomplete_event_size=HEADER_BYTES, timeout_graceful_shutdown=5,
+        timeout_keep_alive=context.settings.idle,
     )  # fmt: skip
     server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]

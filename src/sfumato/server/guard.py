@@ -50,7 +50,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, seen: Callable[[str, str, int, float], None]) -> None:
         self._app, self._settings, self._seen = app, settings, seen
-        self._names = {"localhost", "127.0.0.1", "::1", settings.host.lower(), *(h.lower() for h in settings.hosts)}
+        self._names = settings.names
+        self._origins = {url.lower() for url in (*settings.origins, settings.public_url) if url}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -107,9 +108,10 @@ class Guard:
         if scope["method"] in SAFE:
             return
         origin = headers.get("origin")
-        if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
+        friend = (origin or "").lower() in self._origins
+        if not friend and origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
             raise ApiError(403, "a page of another origin may not change anything here")
-        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        if not friend and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise ApiError(403, "a page of another site may not change anything here")
         if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
             kind = media_type(headers)

@@ -35,13 +35,19 @@ class JsonLines(logging.Formatter):
 
 
 def set_up(level: str = "INFO") -> None:
-    """Send this program's and the web server's logs to standard error as JSON lines."""
+    """Send all logs and warnings of this process, libraries' too, to standard error as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("sfumato", "uvicorn", "uvicorn.error"):
+    for name in ("sfumato", "uvicorn", "uvicorn.error", "py.warnings"):
         log = logging.getLogger(name)
         log.handlers, log.propagate = ([handler] if name != "uvicorn.error" else []), name == "uvicorn.error"
         log.setLevel(level if name == "sfumato" else logging.WARNING)
+    logging.captureWarnings(True)
+    others = logging.StreamHandler(sys.stderr)  # whoever has no handler
+    others.setFormatter(JsonLines())
+    others.setLevel(logging.WARNING)
+    logging.lastResort = others
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it quotes bodies; the answer's 400 says enough
 
 
 def log(message: str, *, level: int = logging.INFO, **facts: Any) -> None:

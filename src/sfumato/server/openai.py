@@ -30,7 +30,7 @@ from sfumato.server.schema import body_of, request_properties
 from sfumato.server.sizes import drawn, finished
 from sfumato.server.uploads import open_picture
 
-THEIR_MODELS = ("dall-e", "gpt-image")  # names that clients send unasked: the default model
+THEIR_MODELS = ("dall-e", "gpt-image", "chatgpt-image")  # names that clients send unasked: the default model
 QUALITY = {"low": 0.5, "auto": 1, "standard": 1, "medium": 1, "high": 2, "hd": 2}  # × the model's default steps
 FORMATS = ("png", "jpeg", "webp")
 OURS = {f.name for f in fields(PictureRequest)}
@@ -58,6 +58,7 @@ class Form:
 def routes(context: Context) -> APIRouter:
     """The routes of OpenAI's dialect."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
+    began = int(time.time())
 
     @router.post("/images/generations", summary="Pictures from words", openapi_extra=body_of(_json_body()))
     async def generations(request: Request) -> Response:
@@ -89,13 +90,13 @@ def routes(context: Context) -> APIRouter:
 
     @router.get("/models", summary="Models")
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [_model(name) for name in context.sources]})
+        return JSONResponse({"object": "list", "data": [_model(name, began) for name in context.sources]})
 
     @router.get("/models/{id}", summary="A model")
     async def model(id: str) -> JSONResponse:
         if id not in context.sources:
             fail(404, "there is no such model", "model_not_found")
-        return JSONResponse(_model(id))
+        return JSONResponse(_model(id, began))
 
     async def answer(request: Request, given: dict[str, Any], kind: str) -> Response:
         form, settings, name = _read(context, given, kind)
@@ -105,7 +106,8 @@ def routes(context: Context) -> APIRouter:
         if form.stream:
             return EventStream(_events(context, job, form))
         job = await outcome(context, request, job)
-        data = [await _item(context, p["id"], form, str(request.base_url)) for p in job.pictures]
+        base = context.settings.public_url or str(request.base_url)
+        data = [await _item(context, p["id"], form, base) for p in job.pictures]
         size = _size(context, job)
         return JSONResponse(
             {"created": int(job.created), "data": data, "size": size, "output_format": form.output_format}
@@ -206,7 +208,7 @@ async def _item(context: Context, id: str, form: Form, base: str) -> dict[str, s
             else _encoded(picture.image, form)
         )
     if form.response_format != "b64_json" and form.output_format == "png":
-        item["url"] = f"{base}pictures/{id}.png?scale=1"
+        item["url"] = f"{base.rstrip('/')}/pictures/{id}.png?scale=1"
     return item
 
 
@@ -262,8 +264,8 @@ def _whole(what: str, value: Any, low: int, high: int) -> int:
     return value
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sfumato"}
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "sfumato"}
 
 
 def _json_body() -> tuple[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -22,6 +23,7 @@ from sfumato.server.settings import JSON_BYTES, UPLOAD_BYTES
 from sfumato.server.uploads import PICTURES
 
 PAGE = 500  # entries of a list at most
+WAIT = 60.0  # seconds that an answer may be put off at most
 
 
 def client_of(request: Request) -> str:
@@ -54,8 +56,15 @@ def routes(context: Context) -> APIRouter:
         more = jobs[limit - 1].id if len(jobs) > limit else None
         return JSONResponse({"jobs": [await context.describe(job) for job in jobs[:limit]], "next": more})
 
-    @router.get("/jobs/{id}", summary="A job", tags=["jobs"])
-    async def get_job(id: str) -> JSONResponse:
+    @router.get("/jobs/{id}", summary="A job, at once or when it has ended", tags=["jobs"])
+    async def get_job(id: str, wait: float = 0.0) -> JSONResponse:
+        if not 0 <= wait <= WAIT:
+            fail(422, f"wait must be a number of seconds from 0 to {WAIT:g}")
+        if wait:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    async for _ in context.watch(id):
+                        pass
         job = await context.db(context.queue.find, id)
         return JSONResponse(await context.describe(job or fail(404, "there is no such job")))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from sfumato.errors import BadRequest
 
@@ -15,6 +17,7 @@ UPLOAD_BYTES = 32 << 20
 JSON_PICTURE_BYTES = 44 << 20  # an upload in base64, and its request
 HEADER_BYTES = 16 << 10
 NESTING = 32
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,15 @@ class Settings:
         models: names or files of the models to serve, the default first; empty: the embedded ones.
         host, port: where to listen; port 0 takes any free one.
         hosts: further names under which the server may be addressed.
+        origins: pages of other servers, as ``https://host``, whose scripts may use the API.
+        public_url: where clients find the server behind a proxy, for URLs in answers; its name is one of ``hosts`` too.
         database: SQLAlchemy's URL of the queue; None: SQLite in the folder.
         batch: pictures of all jobs that share a call of the network; 1 makes them bitwise what they are alone.
         workers: worker processes; ``threads`` each, 0: the cores shared evenly.
         loader: ``module:function`` that turns a model's name into a model, in the worker.
         lease: seconds after which another server may take a job whose server is silent.
         drain: seconds that running jobs get to finish when the server is told to stop.
+        idle: seconds after which a connection is closed whose client neither sends nor takes anything.
     """
 
     folder: Path
@@ -60,6 +66,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = PORT
     hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    public_url: str | None = None
     token: str | None = field(default=None, repr=False)
     database: str | None = field(default=None, repr=False)
     limits: Limits = field(default_factory=Limits)
@@ -69,12 +77,17 @@ class Settings:
     loader: str = "sfumato.families:load"
     lease: float = 30.0
     drain: float = 60.0
+    idle: int = 75
 
     def __post_init__(self) -> None:
         if not self.token and not is_loopback(self.host):
             raise BadRequest(
                 f"{self.host} can be reached by other machines: set a token, by SFUMATO_TOKEN or --token-file"
             )
+        for what, urls in (("--allow-origin", self.origins), ("--public-url", (self.public_url,))):
+            for url in urls:
+                if url is not None and not ORIGIN.fullmatch(url):
+                    raise BadRequest(f"{what} must be an address such as https://pictures.example.org, not {url!r}")
         for name, low, high in (("batch", 1, 256), ("workers", 1, 64), ("threads", 0, 1024), ("port", 0, 65535)):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -82,6 +95,13 @@ class Settings:
         for name, value in vars(self.limits).items():
             if value < 1:
                 raise BadRequest(f"the limit on {name} must be at least 1, not {value}")
+
+    @property
+    def names(self) -> set[str]:
+        """The names under which the server answers."""
+        public = None if self.public_url is None else urlsplit(self.public_url).hostname
+        names = ("localhost", "127.0.0.1", "::1", self.host, *self.hosts, *([public] if public else ()))
+        return {name.lower() for name in names}
 
     @property
     def pictures(self) -> Path:

@@ -96,6 +96,7 @@ class Supervisor:
                 if answer[0].get("end"):
                     return
                 yield answer[0]["value"], answer[1]
+                worker.send({"do": "more", "id": id})  # one that is not taken holds up the next
         finally:
             worker.answers.pop(id, None)
             worker.send({"do": "stop", "id": id})

@@ -1,7 +1,7 @@
 """The process that holds a model and makes pictures: reads orders from its standard input, reports on its output.
 
-Orders: ``load``, ``run``, ``cancel``, ``watch``, ``compute``, ``stop``. It ends with its input: a server that was
-killed leaves no worker behind. One model is loaded at a time; the server sends no order for another one before this
+Orders: ``load``, ``run``, ``cancel``, ``watch``, ``compute``, ``more``, ``stop``. It ends with its input: a server that
+was killed leaves no worker behind. One model is loaded at a time; the server sends no order for another one before this
 worker is idle.
 """
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PREVIEW_EVERY = 0.08  # seconds between previews of a job, and no more than
 PREVIEW_SHARE = 0.1  # of the time is spent on them
 PREVIEW_SIDE = 384  # pixels
+AHEAD = 4  # answers of a computation that may be on their way to whoever asked
 
 
 @dataclass
@@ -55,6 +56,14 @@ class Task:
     left: int = 0
 
 
+@dataclass
+class Computation:
+    """A generator that goes on as its answers are taken."""
+
+    answers: Iterator[tuple[dict[str, Any], bytes]]
+    wanted: int = AHEAD
+
+
 class Worker:
     """Orders in, reports out.
 
@@ -69,12 +78,12 @@ class Worker:
         self._name: str | None = None
         self._lockstep: Lockstep | None = None
         self._tasks: dict[str, Task] = {}
-        self._computations: dict[str, Iterator[tuple[dict[str, Any], bytes]]] = {}
+        self._computations: dict[str, Computation] = {}
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to go on with."""
-        return bool(self._tasks or self._computations)
+        return bool(self._tasks) or any(c.wanted for c in self._computations.values())
 
     def obey(self, order: dict[str, Any]) -> None:
         """Take one order; what goes wrong with it is reported, not raised."""
@@ -90,7 +99,9 @@ class Worker:
             elif kind == "watch" and id in self._tasks:
                 self._tasks[id].watched = order["on"]
             elif kind == "compute":
-                self._computations[id] = self._computation(order)
+                self._computations[id] = Computation(self._computation(order))
+            elif kind == "more" and id in self._computations:
+                self._computations[id].wanted += 1
             elif kind == "stop":
                 self._computations.pop(id, None)
         except Exception as e:
@@ -105,8 +116,11 @@ class Worker:
             for run, event in self._lockstep.advance():
                 self._report(run, event)
         for id, computation in list(self._computations.items()):
+            if not computation.wanted:
+                continue
+            computation.wanted -= 1
             try:
-                message, blob = next(computation)
+                message, blob = next(computation.answers)
                 self._send({"is": "computed", "id": id, "value": message}, blob)
             except StopIteration:
                 del self._computations[id]
@@ -122,7 +136,7 @@ class Worker:
         from sfumato.pipeline.lockstep import Lockstep
 
         if self._name != name or self._lockstep is None:
-            if self.busy:
+            if self._tasks or self._computations:
                 raise BadRequest(f"the worker is busy with model {self._name!r}")
             self._lockstep, self._name = None, None
             _give_memory_back()

@@ -5,8 +5,10 @@ export const $ = (id) => document.getElementById(id);
 export function h(tag, props = {}, ...children) {
   const node = document.createElement(tag);
   for (const [key, value] of Object.entries(props)) {
-    if (value == null || value === false) continue;
-    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    if (value == null) continue;
+    if (key.startsWith("aria-")) node.setAttribute(key, value); // whose false is a word
+    else if (value === false) continue;
+    else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (key === "vars") for (const [name, v] of Object.entries(value)) node.style.setProperty(name, v);
     else if (key === "class") node.className = value;
     else if (key in node && key !== "list" && key !== "for") node[key] = value;

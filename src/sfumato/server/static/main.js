@@ -11,7 +11,7 @@ import * as start from "./start.js";
 const VIEWS = ["studio", "gallery", "compare", "inside"];
 
 function route() {
-  const [view = "studio", ...rest] = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+  const [view = "studio", ...rest] = location.hash.replace(/^#\/?/, "").split("/").map(decoded);
   const name = VIEWS.includes(view) ? view : "studio";
   for (const v of VIEWS) $(`view-${v}`).hidden = v !== name;
   for (const a of document.querySelectorAll(".top nav a")) {
@@ -25,6 +25,14 @@ function route() {
   if (name === "compare") gallery.compare(rest[0], rest[1]);
   if (name === "inside") { if (rest[0]) inside.show(rest[0]); else inside.choose(); }
   window.scrollTo(0, 0);
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // an address that was cut off
+  }
 }
 
 async function recent() {
