@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import socket
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from PIL import Image
 from serving import Serve, Server
 
 PATHS = [
@@ -18,12 +20,16 @@ PATHS = [
     ("POST", "/sdapi/v1/png-info"), ("GET", "/jobs"), ("GET", "/pictures"), ("GET", "/jobs/{}"), ("DELETE", "/jobs/{}"),
     ("GET", "/jobs/{}/events"), ("GET", "/pictures/{}.png"), ("DELETE", "/pictures/{}"), ("GET", "/uploads/{}.png"),
     ("POST", "/v1/images/edits"), ("POST", "/uploads"), ("POST", "/pictures/info"), ("POST", "/inside/path"),
+    ("POST", "/v1/images/variations"), ("POST", "/sdapi/v1/options"), ("GET", "/jobs/{}?wait=0.1"),
 ]  # fmt: skip
 FIELDS = [
     "prompt", "negative", "seed", "n", "steps", "sampler", "spacing", "guidance", "guidance_interval", "eta", "width",
     "height", "init", "mask", "strength", "model", "size", "stream", "partial_images", "quality", "user", "batch_size",
     "cfg_scale", "init_images", "override_settings", "image", "hires", "upscale", "outpaint", "prompt_to", "mix",
+    "image[]",
 ]  # fmt: skip
+PNG = io.BytesIO()
+Image.new("RGBA", (16, 16)).save(PNG, "PNG")
 MIB_PER_1000 = 1.0
 
 
@@ -39,17 +45,30 @@ def value(pick: random.Random, depth: int = 0) -> Any:
     return pick.choice(texts if kind < 8 else numbers)
 
 
+def form(pick: random.Random) -> bytes:
+    """A form, whole or cut off."""
+    parts: list[bytes] = []
+    for _ in range(pick.randrange(5)):
+        content = pick.choice([b"1", b"auto", PNG.getvalue(), pick.randbytes(20), json.dumps(value(pick)).encode()])
+        name = f'name="{pick.choice(FIELDS)}"' + pick.choice(["", '; filename="a.png"', "; filename*=x", ' ; name="n"'])
+        parts += [f"--x\r\nContent-Disposition: form-data; {name}\r\n\r\n".encode(), content, b"\r\n"]
+    return b"".join(parts) + pick.choice([b"--x--\r\n", b"--x--\r\n", b"--x", b""])
+
+
 def request_of(pick: random.Random) -> bytes:
     """A request: of the schema's fields with other values, or of bytes that are hardly HTTP."""
     method, path = pick.choice(PATHS)
     name = "".join(pick.choices(string.ascii_letters + "%./\\?#&-_", k=pick.randrange(1, 30)))
     path = path.replace("{}", name)
     if method == "GET" and pick.random() < 0.3:
-        path += f"?limit={pick.choice(['1', '0', 'x', '9' * 40])}&before={name}&q={name}&state={name}"
+        path += "&" if "?" in path else "?"
+        path += f"limit={pick.choice(['1', '0', 'x', '9' * 40])}&before={name}&q={name}&state={name}"
     body = json.dumps({pick.choice(FIELDS): value(pick) for _ in range(pick.randrange(6))} | {"steps": 1}).encode()
     kind = pick.choice(
         ["application/json"] * 6 + ["image/png", "multipart/form-data; boundary=x", "multipart/form-data"]
     )
+    if kind.endswith("=x") or path in ("/v1/images/edits", "/v1/images/variations"):
+        kind, body = "multipart/form-data; boundary=x", form(pick)
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: {kind}\r\n"
     data = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     if pick.random() < 0.4:
