@@ -5,7 +5,7 @@ PROMPT ?= a red apple
 ARGS ?=
 PEERS := $(VENV)/peers
 
-.PHONY: image test check bench fashion-mnist soak demo-train clean
+.PHONY: image test check bench screenshots fashion-mnist soak demo-train clean
 
 ## A picture from words, offline, with the embedded model: make image PROMPT="a red apple"
 image: $(VENV)/.installed
@@ -31,6 +31,10 @@ demo-train: $(VENV)/.installed-dev
 	$(BIN)/sfumato train recipes/demo/clip.yaml
 	$(BIN)/sfumato train recipes/demo/latent.yaml
 	$(BIN)/sfumato generate "a red apple" --model runs/demo-latent --seed 1
+
+## Pictures of the studio for the documents, by the embedded model
+screenshots: $(VENV)/.installed-dev $(VENV)/.chromium
+	$(BIN)/python tools/screenshots.py
 
 ## Measurements: order of convergence, cold start, training throughput; longer ones: see bench/*.py
 bench: $(VENV)/.installed-dev $(PEERS)/.installed

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 DOCS = Path(__file__).parents[1] / "docs"
-SIZE = (1200, 800)
+SIZE = (1200, 860)
 MINUTES = 20  # for each thing to happen
 GALLERY = [("rocket", 1), ("pizza", 2), ("tiger", 3), ("maple leaf", 4), ("hot air balloon", 5), ("octopus", 6)]
 SHOWN, STYLE = "sunflower", "fluent 3d style"
@@ -44,9 +44,9 @@ def main() -> None:
     if chromium is None:
         parser.error("no Chromium: apt-get install chromium")
     with serving() as url, sync_playwright() as playwright:
+        picture = paint(url, prompt=f"{SHOWN}, {STYLE}", seed=1)
         for thing, seed in GALLERY:
             paint(url, prompt=f"{thing}, {STYLE}", seed=seed)
-        picture = paint(url, prompt=f"{SHOWN}, {STYLE}", seed=1, n=4)
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         context = browser.new_context(
             viewport={"width": SIZE[0], "height": SIZE[1]}, color_scheme="light", reduced_motion="reduce"
@@ -54,9 +54,9 @@ def main() -> None:
         page = context.new_page()
         page.set_default_timeout(MINUTES * 60_000)
         studio(page, url)
-        save(page, folder / "studio.webp")
+        save(page.screenshot(), folder / "studio.webp")
         inside(page, url, picture)
-        save(page, folder / "inside.webp")
+        save(page.locator("#path-out").screenshot(), folder / "inside.webp")
         browser.close()
 
 
@@ -103,25 +103,27 @@ def studio(page: Page, url: str) -> None:
     page.fill("#seed", "1")
     page.click("#go")
     page.locator("#easel[data-state=done] button.tile").nth(3).wait_for()
-    page.locator("#recent .tile").nth(5).wait_for()
+    page.locator("#recent .tile").nth(len(GALLERY) + 4).wait_for()
+    page.locator("details.fold").first.evaluate("fold => { fold.open = false; scrollTo(0, 0) }")
     page.wait_for_load_state("networkidle")
 
 
 def inside(page: Page, url: str, picture: str) -> None:
-    """Look inside, at a step half-way and the first word of the prompt."""
+    """Look inside: the path at one of its early steps, and where the first word of the prompt looked."""
+    page.set_viewport_size({"width": SIZE[0], "height": 3 * SIZE[1]})  # so that nothing is scrolled
     page.goto(f"{url}/#/inside/{picture}")
     page.get_by_text("equal to the picture in the gallery").or_(page.get_by_text("some pixels differ")).wait_for()
     page.locator("#path-step").focus()
-    for _ in range(10):
-        page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Home")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
     page.locator("#path-out .chip").first.click()
-    page.locator("#path-out").evaluate("out => scrollTo(0, out.getBoundingClientRect().top + scrollY - 90)")
     page.wait_for_load_state("networkidle")
 
 
-def save(page: Page, path: Path) -> None:
-    """What is seen of the page, as WebP, at most 90 KB."""
-    image = Image.open(io.BytesIO(page.screenshot(timeout=MINUTES * 60_000))).convert("RGB")
+def save(png: bytes, path: Path) -> None:
+    """A screenshot as WebP of at most 90 KB."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
     for quality in (85, 75, 65, 50):
         file = io.BytesIO()
         image.save(file, "WEBP", quality=quality, method=6)

@@ -22,7 +22,7 @@ from PIL import Image
 from serving import END, START, Serve, Server, until
 
 from sfumato.families import load
-from sfumato.server.context import Mailbox
+from sfumato.server.context import COMPUTATIONS, Mailbox
 from sfumato.server.worker import AHEAD, Worker
 
 ENDED = {"done", "failed", "cancelled"}
@@ -114,11 +114,15 @@ def test_clients_that_never_read_cost_little_and_are_let_go(serve: Serve) -> Non
     noise = io.BytesIO()
     Image.frombytes("RGB", (2000, 1500), random.Random(0).randbytes(9_000_000)).save(noise, "PNG", compress_level=0)
     upload = server.http.post("/uploads", content=noise.getvalue(), headers={"content-type": "image/png"}).json()["id"]
+    made = server.ended(server.submit("looked into", steps=20, width=48, height=48)["id"])
     job = server.submit(steps=200, n=2)
     server.running(job["id"])
     peak, open_files = _peak(server), len(_files(server))
     paths = [f"/uploads/{upload}.png"] * 20 + [f"/jobs/{job['id']}/events"] * 10
     whole = [f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() for path in paths]
+    body = json.dumps({"picture": f"{made['id']}-0"})
+    head = "POST /inside/path HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length:"
+    whole += [f"{head} {len(body)}\r\n\r\n{body}".encode()] * COMPUTATIONS
     with ExitStack() as stack:
         for data in (*whole, b"", b"GET /jobs HTTP/1.1\r\nHost: loc"):
             s = stack.enter_context(socket.socket())
@@ -126,14 +130,21 @@ def test_clients_that_never_read_cost_little_and_are_let_go(serve: Serve) -> Non
             s.connect((urlsplit(server.url).hostname or "", urlsplit(server.url).port or 0))
             s.sendall(data)
         assert server.ended(server.submit("other", steps=2)["id"])["state"] == "done"
+        until(lambda: _looked_into(server, body) == 429)
         until(lambda: _let_go(server) == {"takes no answer": len(whole), "sends no headers": 2})
         assert server.job(job["id"])["state"] == "running", "whoever looks on keeps no job waiting"
-    assert _peak(server) - peak < 32, "MiB; 180 were asked for, and as much again in previews"
+    assert _peak(server) - peak < 64, "MiB; 180 were asked for, and as much again in previews"
     until(lambda: len(_files(server)) <= open_files + 1)
+    assert _looked_into(server, body) == 200, "there is room again"
     assert len([line for line in server.lines() if line.get("route") == "/jobs/{id}/events"]) == 10, "each has ended"
     server.http.delete(f"/jobs/{job['id']}")
     assert server.ended(job["id"])["state"] == "cancelled"
     server.check_sum()
+
+
+def _looked_into(server: Server, body: str) -> int:
+    with server.http.stream("POST", "/inside/path", content=body, headers={"content-type": "application/json"}) as s:
+        return s.status_code
 
 
 def _let_go(server: Server) -> dict[str, int]:

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -35,6 +35,7 @@ T = TypeVar("T")
 POLL = 0.5  # seconds between looks at what other servers changed
 RECOVER_EVERY, PRUNE_EVERY = 10.0, 60.0  # seconds
 SAVE_TRIES = 5
+COMPUTATIONS = 8  # at once, for each worker: they go between the steps of pictures
 
 
 class Mailbox:
@@ -92,6 +93,7 @@ class Context:
         self._saved: dict[str, list[dict[str, Any]]] = {}
         self._wake = asyncio.Event()
         self._waiting: tuple[float, list[tuple[str, int]]] = (-1.0, [])
+        self._computing = 0
         self._tasks: list[asyncio.Task[None]] = []
         self.on_failure: Callable[[], None] = lambda: None
 
@@ -297,16 +299,31 @@ class Context:
 
     async def compute(
         self, function: str, model: str | None, arguments: dict[str, Any]
-    ) -> AsyncIterator[tuple[dict[str, Any], bytes]]:
+    ) -> AsyncGenerator[tuple[dict[str, Any], bytes], None]:
         """Run a generator of the package with a model, in a worker, between the steps of pictures.
 
         Args:
             function: ``sfumato.module:name`` of ``(pipe, arguments) → Iterator[(JSON, bytes)]``.
 
-        Raises what it raises, if it is a SfumatoError; NoResources if the worker dies.
+        It stops when it is closed. Raises what it raises, if it is a SfumatoError; NoResources if the worker dies;
+        ApiError where too many run already.
         """
         facts = self.facts(model)
-        source = self.sources[facts.name]
+        if self._computing >= COMPUTATIONS * self.settings.workers:
+            fail(429, "too many pictures are looked into already", retry_after=5)
+        self._computing += 1
+        try:
+            async with aclosing(self._compute(function, self.sources[facts.name], arguments)) as answers:
+                async for answer in answers:
+                    yield answer
+        except SfumatoError as e:
+            raise type(e)(self._public(str(e))) from None
+        finally:
+            self._computing -= 1
+
+    async def _compute(
+        self, function: str, source: str, arguments: dict[str, Any]
+    ) -> AsyncGenerator[tuple[dict[str, Any], bytes], None]:
         for _ in range(600):  # until a worker has this model, or nothing to do
             able = [w for w in self.supervisor.workers if w.ready and (w.model == source or not (w.jobs or w.answers))]
             if able:
@@ -317,11 +334,9 @@ class Context:
         worker = min(able, key=lambda w: len(w.jobs))
         worker.model = source
         order = {"do": "compute", "function": function, "model": source, "arguments": arguments}
-        try:
-            async for answer in self.supervisor.ask(worker, order):
+        async with aclosing(self.supervisor.ask(worker, order)) as answers:
+            async for answer in answers:
                 yield answer
-        except SfumatoError as e:
-            raise type(e)(self._public(str(e))) from None
 
     # ── between queue and workers ────────────────────────────────────────────────────────────────────
 

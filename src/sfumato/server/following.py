@@ -21,16 +21,15 @@ KEEP_ALIVE = 10.0  # seconds of silence before a comment is sent
 
 
 class EventStream(Response):
-    """Server-sent events as a generator makes them; it is closed at once when the client goes away.
+    """Server-sent events, or other lines, as a generator makes them; it is closed at once when the client goes away.
 
     Args:
         parts: events as text; an empty one tells that nothing happened.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(self, parts: AsyncGenerator[str, None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, parts: AsyncGenerator[str, None], media_type: str = "text/event-stream") -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=media_type)
         self._parts = parts
         del self.headers["content-length"]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import StreamingResponse
 
 from sfumato.errors import SfumatoError
 from sfumato.server.answers import as_api_error, read_json
 from sfumato.server.context import Context
 from sfumato.server.errors import ApiError, fail
+from sfumato.server.following import EventStream
 from sfumato.server.inputs import with_pictures
 
 MAX_STEPS, MAX_LISTED = 100, 16  # of a comparison: steps of one run, entries of a list
@@ -34,13 +34,12 @@ def routes(context: Context) -> APIRouter:
 
     def add(kind: str, summary: str) -> None:
         @router.post(f"/{kind}", summary=summary, name=kind)
-        async def inside(request: Request) -> StreamingResponse:
+        async def inside(request: Request) -> EventStream:
             asked = await read_json(request)
             arguments, model = await asyncio.to_thread(_arguments, context, kind, asked)
             answers = context.compute(f"sfumato.inside.compute:{kind}", model, arguments)
             first = await anext(answers, None)  # what is refused is refused by its status
-            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(_lines(first, answers), media_type="application/x-ndjson", headers=headers)
+            return EventStream(_lines(first, answers), "application/x-ndjson")
 
     add("path", "A picture's way out of the noise, and where its words looked")
     add("guidance", "The same noise under other guidance scales")
@@ -49,15 +48,17 @@ def routes(context: Context) -> APIRouter:
     return router
 
 
-async def _lines(first: Any, answers: AsyncIterator[tuple[dict[str, Any], bytes]]) -> AsyncIterator[str]:
-    if first is not None:
-        yield json.dumps(first[0]) + "\n"
+async def _lines(first: Any, answers: AsyncGenerator[tuple[dict[str, Any], bytes], None]) -> AsyncGenerator[str, None]:
     try:
+        if first is not None:
+            yield json.dumps(first[0]) + "\n"
         async for answer, _ in answers:
             yield json.dumps(answer) + "\n"
     except (ApiError, SfumatoError) as e:  # too late for a status
         told = as_api_error(e)
         yield json.dumps({"kind": "error", "code": told.code, "message": told.message}) + "\n"
+    finally:
+        await answers.aclose()
 
 
 def _arguments(context: Context, kind: str, asked: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +81,7 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def ask(self, worker: Worker, order: dict[str, Any]) -> AsyncIterator[tuple[dict[str, Any], bytes]]:
+    async def ask(self, worker: Worker, order: dict[str, Any]) -> AsyncGenerator[tuple[dict[str, Any], bytes], None]:
         """Give an order that is answered, perhaps more than once; raises what went wrong with it."""
         self._serial += 1
         id = f"ask-{self._serial}"
