@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, 3)
+
+
+def digest(pixels: Pixels) -> str:
+    """SHA-256 of a picture's pixels and shape."""
+    return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 def signed(pixels: Tensor) -> Tensor:

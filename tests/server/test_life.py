@@ -134,6 +134,7 @@ def test_clients_that_never_read_cost_little_and_are_let_go(serve: Serve) -> Non
         until(lambda: _let_go(server) == {"takes no answer": len(whole), "sends no headers": 2})
         assert server.job(job["id"])["state"] == "running", "whoever looks on keeps no job waiting"
     assert _peak(server) - peak < 64, "MiB; 180 were asked for, and as much again in previews"
+    assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text(), "that is for the worker to load"
     until(lambda: len(_files(server)) <= open_files + 1)
     assert _looked_into(server, body) == 200, "there is room again"
     assert len([line for line in server.lines() if line.get("route") == "/jobs/{id}/events"]) == 10, "each has ended"

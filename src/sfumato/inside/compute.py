@@ -6,7 +6,6 @@ Each takes a pipeline and arguments: ``request`` as JSON, and what the function 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +20,7 @@ from sfumato.inside.record import Json
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
-from sfumato.pixels import Pixels
+from sfumato.pixels import Pixels, digest
 
 Answers = Iterator[tuple[Json, bytes]]
 
@@ -69,11 +68,6 @@ def fitted(image: Image.Image, request: Request) -> Pixels:
     page = Image.new("RGBA", image.size, "white")
     page.alpha_composite(image.convert("RGBA"))
     return np.asarray(ImageOps.fit(page.convert("RGB"), request.size, Image.Resampling.LANCZOS)).copy()
-
-
-def digest(pixels: Pixels) -> str:
-    """SHA-256 of a picture's pixels and shape."""
-    return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 def _request(pipe: Pipeline, arguments: dict[str, Any]) -> Request:

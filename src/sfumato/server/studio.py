@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from sfumato.errors import SfumatoError
+from sfumato.pixels import digest
 from sfumato.server.answers import as_api_error, read_json
 from sfumato.server.context import Context
 from sfumato.server.errors import ApiError, fail
@@ -97,7 +98,6 @@ def _request(context: Context, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    from sfumato.inside.compute import digest
     from sfumato.pipeline.picture import read
 
     return digest(read(path).picture.pixels)
