@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import shutil
+import subprocess
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +15,15 @@ from typing import Any
 
 import httpx2 as httpx
 import numpy as np
+import pytest
 from PIL import Image, PngImagePlugin
-from serving import Server
+from serving import START, Server
 
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import load
 from sfumato.pipeline.request import Request
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 
 
 def events_of(server: Server, id: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -68,6 +74,29 @@ def test_a_job_from_words_to_pictures(shared: Server, model_file: Path, tmp_path
         own = Image.open(io.BytesIO(shared.http.get(p["url"] + "?scale=1").content))
         assert np.array_equal(np.asarray(own), picture.pixels)
     assert list(events_of(shared, job["id"])) == [("done", done)]
+
+
+def test_the_documents_first_five_minutes(
+    shared: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/api.md as somebody types it in, at the tiny model's size."""
+    text = DOCUMENT.read_text().partition("## Rules")[0].replace("http://127.0.0.1:7860", shared.url)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16), "teal").save("me.jpg")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(example.replace("256x256", "16x16"), DOCUMENT, "exec"), {})
+    assert Image.open("fox.png").size == (16, 16)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("image_generation.completed")
+    if not all(map(shutil.which, ("bash", "curl", "jq"))):
+        pytest.skip("no bash, curl or jq")
+    lines = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
+    script = "\n".join(["set -euo pipefail", *(line for line in lines if not line.startswith("pip install"))])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=START)
+    assert done.returncode == 0, done.stderr
+    assert "event: done" in done.stdout
+    id = json.loads(done.stdout[done.stdout.rindex('{"id"') :])["id"]
+    assert shared.ended(id)["state"] == "done"
+    Image.open("fox.png").load()
 
 
 def test_a_picture_that_no_network_follows_is_refused(shared: Server) -> None:
