@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 import sfumato
 from sfumato.errors import BadRequest
 from sfumato.families import common, keeping
-from sfumato.networks.stored import Mappings, Stored, in_dtype, keeper
+from sfumato.networks.stored import TURNS, Mappings, Stored, in_dtype, keeper
+from sfumato.pipeline.pipeline import Pipeline
 
 FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux", "dit")
 
@@ -55,8 +57,32 @@ def test_low_leaves_every_weight_in_its_file(half: tuple[Path, dict[str, Any]]) 
     assert all(isinstance(p, Stored) and p.source.dtype == torch.float16 for p in model.network.parameters())
     assert all(p.next is None for p in model.network.parameters() if isinstance(p, Stored)), "none was read to load it"
     assert model.card["memory"].startswith("low: ")
-    whole = sfumato.load(half[0], memory="normal").model
-    assert {(p.dtype, type(p)) for p in whole.network.parameters()} == {(torch.float32, nn.Parameter)}
+
+
+def test_normal_keeps_what_is_used_again(half: tuple[Path, dict[str, Any]]) -> None:
+    folder, settings = half
+    pipe = sfumato.load(folder, memory="normal")
+    network = pipe.model.network
+    waiting = [p for p in network.parameters() if isinstance(p, Stored)]
+    assert waiting
+    assert not any(p.kept for p in waiting)
+    assert all(type(p) is nn.Parameter for p in network.parameters() if p.ndim < 2)
+    shares = []
+    for _ in range(TURNS + 1):
+        pipe.generate(**{**settings, "steps": 1, "sampler": "ddim", "guidance": 1.0})
+        shares.append(sum(p.kept for p in waiting if p.uses is not None) / len(waiting))
+    used = [p for p in waiting if p.kept or p.uses != 1 + p.uses % TURNS]
+    assert shares[0] == 0, "used once"
+    assert 0 < shares[1] < shares[2] < shares[3] < shares[4]
+    assert shares[4] > 0.9, "but for tables, of which rows are taken"
+    assert all(p.source.dtype == torch.float32 for p in used if p.kept)
+    again = picture(folder, settings, memory="low")
+    [made] = pipe.generate(**settings)
+    assert np.array_equal(made.pixels, again)
+
+
+def is_low(pipe: Pipeline) -> bool:
+    return any(isinstance(p, Stored) and p.uses is None for p in pipe.model.network.parameters())
 
 
 def test_auto_keeps_little_where_all_would_not_fit(
@@ -66,14 +92,14 @@ def test_auto_keeps_little_where_all_would_not_fit(
     need = 4 * sum(numbers.values())
     for free, low in ((2 * need, False), (need, True), (None, False)):
         monkeypatch.setattr(keeping, "free_memory", lambda free=free: free)
-        model = sfumato.load(half[0]).model
-        assert isinstance(next(model.network.parameters()), Stored) == low
-        assert f"{need >> 20} MiB" in model.card["memory"]
+        pipe = sfumato.load(half[0])
+        assert is_low(pipe) == low
+        assert f"{need >> 20} MiB" in pipe.model.card["memory"]
     bf16 = need // 2 + 2 * numbers["vae"]  # which stays in float32
     monkeypatch.setattr(keeping, "free_memory", lambda: int(bf16 / keeping.SHARE) + 4)
-    assert not isinstance(next(sfumato.load(half[0], dtype="bf16").model.network.parameters()), Stored)
+    assert not is_low(sfumato.load(half[0], dtype="bf16"))
     monkeypatch.setattr(keeping, "free_memory", lambda: int(bf16 / keeping.SHARE) - 4)
-    assert isinstance(next(sfumato.load(half[0], dtype="bf16").model.network.parameters()), Stored)
+    assert is_low(sfumato.load(half[0], dtype="bf16"))
 
 
 def _weights(folder: Path) -> dict[str, Path]:
@@ -104,22 +130,23 @@ def resident(file: Path) -> int:
     return rss
 
 
-def stored_twin(module: nn.Module, file: Path, stored: bool) -> nn.Module:
+def stored_twin(module: nn.Module, file: Path, low: bool) -> nn.Module:
     """The module with weights from a file in float16, kept as ``build`` does."""
     save_file({k: t.half() for k, t in module.state_dict().items()}, file)
     with torch.device("meta"), common.Unfilled():
         twin = nn.Sequential(*(type(m)(m.in_features, m.out_features) for m in module))  # type: ignore[attr-defined]
+    twin.requires_grad_(False)
     tensors = load_file(file)
-    keep = keeper(Mappings([file]), twin.state_dict(keep_vars=True), stored)
+    keep = keeper(Mappings([file]), twin.state_dict(keep_vars=True), low)
     twin.load_state_dict({k: keep(k, t) for k, t in tensors.items()}, assign=True)
-    return twin.requires_grad_(False)
+    return twin
 
 
-@pytest.mark.parametrize("stored", [True, False])
-def test_pages_of_the_file_are_let_go(stored: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("low", [True, False])
+def test_pages_of_the_file_are_let_go(low: bool, tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
-    twin = stored_twin(nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), file, stored)
-    for _ in range(2):
+    twin = stored_twin(nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), file, low)
+    for _ in range(TURNS + 2):
         y = twin(torch.ones(3, 512))
         assert resident(file) < file.stat().st_size / 4
     tensors = load_file(file)
@@ -129,19 +156,56 @@ def test_pages_of_the_file_are_let_go(stored: bool, tmp_path: Path) -> None:
     assert torch.equal(x, y)
 
 
-def test_a_stored_network_widens_and_is_shared_by_threads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("low", [True, False])
+def test_a_stored_network_widens_and_is_shared_by_threads(low: bool, tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    plain = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4))).half().float()
-    twin = stored_twin(plain, tmp_path / "weights.safetensors", True)
+    plain = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))).half().float()
+    twin = stored_twin(plain, tmp_path / "weights.safetensors", low)
     x = torch.randn(5, 256)
     wide = in_dtype(twin, torch.float64)
-    assert all(isinstance(p, Stored) for p in wide.parameters())
+    assert all(isinstance(p, Stored) == (low or p.ndim > 1) for p in wide.parameters())
     assert torch.equal(wide(x.double()), in_dtype(plain, torch.float64)(x.double()))
     assert next(plain.parameters()).dtype == torch.float32
     inputs = [torch.randn(5, 256) for _ in range(40)]
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(a, plain(b)) for a, b in zip(pool.map(twin, inputs), inputs, strict=True))
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_a_stored_network_can_be_changed_copied_and_saved(low: bool, tmp_path: Path) -> None:
+    """As one of plain parameters can."""
+    plain = nn.Sequential(*(nn.Linear(64, 64) for _ in range(2))).half().float().requires_grad_(False)
+    x = torch.randn(5, 64)
+    before = plain(x)
+
+    def twin() -> nn.Module:
+        return stored_twin(plain, tmp_path / "weights.safetensors", low)
+
+    copied = copy.deepcopy(twin()).requires_grad_(True)
+    assert {type(p) for p in copied.parameters()} == {nn.Parameter}
+    copied(x).sum().backward()
+    assert all(p.grad is not None for p in copied.parameters())
+    assert torch.equal(twin().double()(x.double()), copy.deepcopy(plain).double()(x.double()))
+
+    changed = twin()
+    for p in changed.parameters():
+        p.mul_(2)
+        p += 1
+        p[0] = 0
+    twice = copy.deepcopy(plain)
+    for p in twice.parameters():
+        p.mul_(2).add_(1)[0] = 0
+    assert torch.equal(changed(x), twice(x))
+    assert torch.equal(twin()(x), before), "the file is as it was"
+    changed.load_state_dict(plain.state_dict())
+    assert torch.equal(changed(x), before)
+    if not low:
+        state = twin().state_dict()
+        save_file(state, tmp_path / "saved.safetensors")
+        assert all(torch.equal(t, plain.state_dict()[k]) for k, t in load_file(tmp_path / "saved.safetensors").items())
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        twin().requires_grad_(True)
 
 
 def test_what_a_stored_weight_cannot_do_is_refused(tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def build(
 ) -> M:
     """Build a network without memory of its own and give it a component's tensors, in the model's type or ``dtype``.
 
-    Tensors that have that type in the file stay mapped to it; others are changed one by one, or when they are used
-    where the model keeps little. Raises BadCheckpoint if they do not fit exactly or, where the model is partial, not
+    Tensors that have that type in the file stay mapped to it; others are changed as they are used, and then kept unless
+    the model is to keep little. Raises BadCheckpoint if they do not fit exactly or, where the model is partial, not
     at all; what is missing then has the first values of training.
     """
     if component not in model.tensors:
@@ -94,13 +94,15 @@ def build(
             else:
                 with torch.device("meta"), Unfilled():
                     module = network(config)
-        module = module.to(dtype or getattr(torch, DTYPES[model.keep.dtype][0]))
-        keep = keeper(Mappings(model.files), module.state_dict(keep_vars=True), model.keep.low and not model.partial)
-        model.reports[component] = load_into(module, model.tensors[component], partial=model.partial, keep=keep)
+        module = module.to(dtype or getattr(torch, DTYPES[model.keep.dtype][0])).requires_grad_(False)
+        keep = keeper(Mappings(model.files), module.state_dict(keep_vars=True), model.keep.low)
+        model.reports[component] = load_into(
+            module, model.tensors[component], partial=model.partial, keep=None if model.partial else keep
+        )
     except (BadCheckpoint, ValueError, RuntimeError) as e:
         hint = " (--partial lets that pass)" if "do not fit the network:" in str(e) else ""
         raise BadCheckpoint(f"{model.path}: {component}: {e}{hint}") from None
-    return module.eval().requires_grad_(False)
+    return module.eval()
 
 
 def unet(model: Published) -> SDUNet:

@@ -1,10 +1,12 @@
 """Weights that stay as their file stores them, mapped, until an operation asks for them.
 
-    file ── mapped pages ──> one layer's weights in the network's type ── the operation ──> dropped again
+    file ── mapped pages ──> one layer's weights in the network's type ── the operation ──> dropped again, or kept
 
 A network of such weights computes what it does with all of them in memory, to the last bit: the operation gets the same
-numbers in the same layout. It needs memory for one layer at a time, and the pages that it has read stay with the
-system for as long as it has no better use for them.
+numbers in the same layout. Where they are dropped, it needs memory for one layer at a time, and the pages that it has
+read stay with the system for as long as it has no better use for them. Where they are kept, loading costs nothing that
+is not used, and only what is used again takes memory: fresh memory is dear (several times what unfolding costs), so a
+weight gets its own at its second use to its fifth, a quarter of them at each, and no call has to pay for all.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 WILL_NEED, DO_NOT_NEED = 3, 4  # madvise(2); the same numbers on Linux and macOS
+TURNS = 4  # calls over which a network's weights come to be kept
 
 
 class Mappings:
@@ -71,16 +74,23 @@ class Workspace:
 
     def __init__(self, mappings: Mappings) -> None:
         self.mappings = mappings
+        self.waiting = 0  # weights that are yet to be kept
         self._own = threading.local()
 
-    def unfold(self, weight: Stored) -> Tensor:
-        """The weight's numbers, in memory that the thread's next call overwrites."""
-        source, n = weight.source, weight.source.numel()
+    def kept(self) -> None:
+        """Note that one more weight has memory of its own; after the last, none is needed to unfold in."""
+        self.waiting -= 1
+        if self.waiting == 0:
+            self._own = threading.local()
+
+    def unfold(self, source: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight's numbers in another type, in memory that the thread's next call overwrites."""
+        n = source.numel()
         buffer: Tensor | None = getattr(self._own, "buffer", None)
-        if buffer is None or buffer.dtype != weight.dtype or len(buffer) < n:
+        if buffer is None or buffer.dtype != dtype or len(buffer) < n:
             self._own.buffer = None  # let go of the old one first
             with torch.inference_mode(False):
-                buffer = self._own.buffer = torch.empty(n, dtype=weight.dtype)
+                buffer = self._own.buffer = torch.empty(n, dtype=dtype)
         return buffer[:n].view(source.shape).copy_(source)
 
     def follow(self, weight: Stored) -> None:
@@ -96,20 +106,61 @@ class Workspace:
 class Stored(Tensor):
     """A weight that has the shape and the type of what operations get, and unfolds when one asks for it.
 
-    Threads may share it. It takes no gradient, and changing it in place changes nothing.
+    Threads may share it. It takes no gradient. What would change it in place gives it memory of its own first.
     """
 
     source: Tensor
     workspace: Workspace
     next: Stored | None
+    uses: int | None
+    kept: bool
 
     @staticmethod
-    def __new__(cls, source: Tensor, dtype: torch.dtype, workspace: Workspace, parameter: bool = True) -> Stored:
-        """Take a tensor (mapped, of any type) to stand for one of type ``dtype``."""
+    def __new__(
+        cls,
+        source: Tensor,
+        dtype: torch.dtype,
+        workspace: Workspace,
+        parameter: bool = True,
+        uses: int | None = None,
+    ) -> Stored:
+        """Take a tensor (mapped, of any type) to stand for one of type ``dtype``.
+
+        Args:
+            uses: how often it is unfolded and dropped before it is kept; None for ever.
+        """
         self = Tensor._make_wrapper_subclass(cls, source.shape, dtype=dtype, device=source.device)
         self.source, self.workspace, self.next = source, workspace, None
+        self.uses, self.kept = uses, False
         self._is_param = parameter
+        workspace.waiting += uses is not None
         return self
+
+    def keep(self) -> Tensor:
+        """Give it memory of its own in its own type, if it has none, and return that."""
+        if not self.kept:
+            with torch.inference_mode(False):
+                own = self.source.to(self.dtype, copy=True)
+            self.workspace.mappings.advise(self.source, DO_NOT_NEED)
+            self.source, self.kept = own, True
+            if self.uses is not None:
+                self.workspace.kept()
+        return self.source
+
+    def unfold(self, borrow: bool) -> Tensor:
+        """Its numbers in its own type, for one operation; in borrowed memory if that is enough."""
+        if self.kept:
+            return self.source
+        self.workspace.follow(self)
+        if self.uses is not None:
+            if self.uses == 0:
+                return self.keep()
+            self.uses -= 1
+        if self.source.dtype == self.dtype:
+            return self.source
+        if borrow and self.ndim > 1:  # at most one matrix among an operation's weights
+            return self.workspace.unfold(self.source, self.dtype)
+        return self.source.to(self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Stored({self.source.dtype} → {self.dtype}, {tuple(self.shape)})"
@@ -120,29 +171,29 @@ class Stored(Tensor):
     ) -> Any:
         """Give the operation plain tensors; what only looks at shape or type gets none."""
         kwargs = kwargs or {}
-        if func in _GIVEN_BACK:
-            return args[0]
+        own = args[0] if args and isinstance(args[0], Stored) else None
+        if own is not None and func in _SELVES:
+            return _SELVES[func](own, *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             if func in _LOOKS:
                 return func(*args, **kwargs)
-            if func is F.embedding and isinstance(args[1], Stored) and not isinstance(args[0], Stored):
+            if func is F.embedding and isinstance(args[1], Stored) and own is None:
                 table = args[1]
                 table.workspace.follow(table)
                 rows = F.embedding(args[0], table.source, *args[2:], **kwargs).to(table.dtype)  # and not the table
                 table.workspace.mappings.advise(table.source, DO_NOT_NEED)
                 return rows
+            changes = own is not None and _changes(func)
+            if own is not None and changes:
+                own.keep()
             used: list[Stored] = []
             borrow = func in _BORROWERS
 
             def plain(value: Any) -> Any:
                 if isinstance(value, Stored):
-                    used.append(value)
-                    value.workspace.follow(value)
-                    if value.source.dtype == value.dtype:
-                        return value.source
-                    if borrow and value.ndim > 1:  # at most one matrix among an operation's weights
-                        return value.workspace.unfold(value)
-                    return value.source.to(value.dtype)
+                    if not value.kept:
+                        used.append(value)
+                    return value.unfold(borrow)
                 if isinstance(value, (list, tuple)):
                     return type(value)(plain(v) for v in value)
                 return value
@@ -150,7 +201,7 @@ class Stored(Tensor):
             result = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
             for weight in used:
                 weight.workspace.mappings.advise(weight.source, DO_NOT_NEED)
-            return result
+            return own if changes and result is not None else result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -170,8 +221,45 @@ _LOOKS = {
     Tensor.dim, Tensor.numel, Tensor.size, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
     Tensor.element_size, Tensor.nelement, Tensor.__hash__, Tensor.__repr__, Tensor.stride, Tensor.is_contiguous,
 }  # fmt: skip
-_GIVEN_BACK = {Tensor.detach, Tensor.requires_grad_}  # nothing of it changes
 _BORROWERS = {F.linear, F.conv2d}  # their results share no memory with a weight
+
+
+def _changes(func: Callable[..., Any]) -> bool:
+    """Whether an operation changes its first tensor."""
+    name = getattr(func, "__name__", "")
+    return func in _CHANGES or (name.endswith("_") and not name.endswith("__"))
+
+
+_CHANGES = {
+    Tensor.__setitem__, Tensor.data.__set__, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__, Tensor.__itruediv__,
+}  # fmt: skip
+
+
+def _detached(weight: Stored) -> Tensor:
+    """As a state_dict holds it: of one that is to be kept the memory itself, as of any other parameter."""
+    return weight if weight.uses is None else weight.keep()
+
+
+def _learns(weight: Stored, requires_grad: bool = True) -> Stored:
+    if requires_grad:
+        raise NotImplementedError("weights that are unfolded as they are used take no gradient; train a deep copy")
+    return weight
+
+
+def _copied(weight: Stored, memo: dict[int, Any]) -> Tensor:
+    """A plain tensor or parameter of the same numbers."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+        copied = weight.source.to(weight.dtype, copy=True)
+    memo[id(weight)] = nn.Parameter(copied, False) if isinstance(weight, nn.Parameter) else copied
+    return memo[id(weight)]
+
+
+_SELVES: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.detach: _detached,
+    Tensor.requires_grad_: _learns,
+    Tensor.requires_grad.__set__: _learns,  # type: ignore[attr-defined]
+    Tensor.__deepcopy__: _copied,
+}
 
 
 def in_dtype(module: M, dtype: torch.dtype) -> M:
@@ -186,25 +274,26 @@ def in_dtype(module: M, dtype: torch.dtype) -> M:
     return copy.deepcopy(module, other)
 
 
-def keeper(mappings: Mappings, parameters: Mapping[str, Tensor], stored: bool) -> Callable[[str, Tensor], Tensor]:
+def keeper(mappings: Mappings, parameters: Mapping[str, Tensor], low: bool) -> Callable[[str, Tensor], Tensor]:
     """How to keep each tensor of a file as the network's own.
 
     Args:
         mappings: of the files that hold the tensors.
         parameters: the network's, by name, for the type that each shall have.
-        stored: leave them where they are; without it each is copied in the network's type, if it has another one, and
-            the file's pages are let go at once.
+        low: leave them where they are for good; without it those of another type get memory of their own as they are
+            used again, and vectors at once.
     """
     workspace = Workspace(mappings)
 
     def keep(name: str, tensor: Tensor) -> Tensor:
-        dtype = parameters[name].dtype
-        if stored and tensor.is_floating_point():
-            return Stored(tensor, dtype, workspace, isinstance(parameters[name], nn.Parameter))
-        if tensor.dtype == dtype:
-            return tensor
-        own = tensor.to(dtype)
+        own = parameters[name]
+        if not tensor.is_floating_point() or (tensor.dtype == own.dtype and not low):
+            return tensor.to(own.dtype)
+        if low or tensor.ndim > 1:
+            uses = None if low else 1 + workspace.waiting % TURNS
+            return Stored(tensor, own.dtype, workspace, isinstance(own, nn.Parameter), uses)
+        vector = tensor.to(own.dtype)
         mappings.advise(tensor, DO_NOT_NEED)
-        return own
+        return vector
 
     return keep
