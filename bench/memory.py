@@ -29,6 +29,10 @@ CLIP_L: dict[str, Any] = {
     "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
     "projection_dim": 768, "hidden_act": "quick_gelu", "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1,
 }  # fmt: skip
+CLIP_H: dict[str, Any] = {
+    **CLIP_L, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+    "projection_dim": 1024, "hidden_act": "gelu", "pad_token_id": 0,
+}  # fmt: skip
 CLIP_G: dict[str, Any] = {
     **CLIP_L, "architectures": ["CLIPTextModelWithProjection"], "hidden_size": 1280, "intermediate_size": 5120,
     "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu",
@@ -68,6 +72,17 @@ def configs(family: str, blocks: list[int]) -> dict[str, dict[str, Any]]:
             "": {**index("StableDiffusionPipeline", unet="UNet2DConditionModel", vae="AutoencoderKL",
                          text_encoder="CLIPTextModel", tokenizer="CLIPTokenizer", scheduler="DDIMScheduler"), **none},
             "unet": UNET, "vae": vae(4, scaling_factor=0.18215), "text_encoder": CLIP_L, "scheduler": DISCRETE,
+        }  # fmt: skip
+    if family == "sd2":
+        unet = {
+            **UNET, "sample_size": 96, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+        }  # fmt: skip
+        return {
+            "": {**index("StableDiffusionPipeline", unet="UNet2DConditionModel", vae="AutoencoderKL",
+                         text_encoder="CLIPTextModel", tokenizer="CLIPTokenizer", scheduler="DDIMScheduler"), **none},
+            "unet": unet, "vae": vae(4, scaling_factor=0.18215), "text_encoder": CLIP_H,
+            "scheduler": {**DISCRETE, "prediction_type": "v_prediction"},
         }  # fmt: skip
     if family == "sdxl":
         unet = {
@@ -128,11 +143,8 @@ def configs(family: str, blocks: list[int]) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def networks(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Names and shapes of each component's tensors, without their numbers."""
-    import torch
-
-    from sfumato.families import common
+def network(config: dict[str, Any]) -> Any:
+    """The network that a component's configuration asks for."""
     from sfumato.families import configs as readers
     from sfumato.networks.autoencoder import Autoencoder
     from sfumato.networks.dit import DiT
@@ -142,22 +154,31 @@ def networks(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[int,
     from sfumato.text.clip import CLIPText
     from sfumato.text.t5 import T5Encoder
 
+    kinds: dict[str, Any] = {
+        "UNet2DConditionModel": lambda c: SDUNet(readers.sd_unet_config(c)),
+        "AutoencoderKL": lambda c: Autoencoder(readers.autoencoder_config(c)),
+        "SD3Transformer2DModel": lambda c: MMDiT(readers.mmdit_config(c)),
+        "FluxTransformer2DModel": lambda c: Flux(readers.flux_config(c)),
+        "DiTTransformer2DModel": lambda c: DiT(readers.dit_config(c)),
+        "CLIPTextModel": lambda c: CLIPText(readers.clip_config(c, False)),
+        "CLIPTextModelWithProjection": lambda c: CLIPText(readers.clip_config(c, True)),
+        "T5EncoderModel": lambda c: T5Encoder(readers.t5_config(c)),
+    }
+    return kinds[config.get("_class_name") or config["architectures"][0]](config)
+
+
+def networks(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of each component's tensors, without their numbers."""
+    import torch
+
+    from sfumato.families import common
+
     found = {}
     for part, c in parts.items():
         if part in ("", "scheduler"):
             continue
-        kinds: dict[str, Any] = {
-            "UNet2DConditionModel": lambda c: SDUNet(readers.sd_unet_config(c)),
-            "AutoencoderKL": lambda c: Autoencoder(readers.autoencoder_config(c)),
-            "SD3Transformer2DModel": lambda c: MMDiT(readers.mmdit_config(c)),
-            "FluxTransformer2DModel": lambda c: Flux(readers.flux_config(c)),
-            "DiTTransformer2DModel": lambda c: DiT(readers.dit_config(c)),
-            "CLIPTextModel": lambda c: CLIPText(readers.clip_config(c, False)),
-            "CLIPTextModelWithProjection": lambda c: CLIPText(readers.clip_config(c, True)),
-            "T5EncoderModel": lambda c: T5Encoder(readers.t5_config(c)),
-        }
         with torch.device("meta"), common.Unfilled():
-            state = kinds[c.get("_class_name") or c["architectures"][0]](c).state_dict()
+            state = network(c).state_dict()
         prefix = "text_model." if "embeddings.token_embedding.weight" in state else ""
         found[part] = {(k if k.startswith("text_projection") else prefix + k): tuple(t.shape) for k, t in state.items()}
     return found
