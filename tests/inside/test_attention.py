@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from sfumato.families.model import Model
-from sfumato.inside.attention import Layer, Recorder, attends, heads_of, maps, twin, watch, weights
+from sfumato.inside.attention import Layer, Recorder, attends, heads_of, maps, watch, weights
 from sfumato.inside.path import Frame, trajectory
 from sfumato.networks.blocks import Attention, CrossAttention
 from sfumato.networks.modulated import JointAttention
+from sfumato.networks.stored import twin
 from sfumato.networks.worded import WordedAttention
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sfumato.networks import strips
+from sfumato.networks import blocks, statistics, strips
 from sfumato.networks.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.networks.blocks import ProjectedFeedForward
 from sfumato.networks.strips import convolve
 
 
@@ -83,6 +84,7 @@ def test_statistics_hold_for_numbers_far_from_zero(monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         exact = conv.double()(nn.functional.silu(norm.double()(x.double())))
         monkeypatch.setattr(strips, "STRIP", 4096)
+        monkeypatch.setattr(statistics, "AT_ONCE", 4096)
         got = convolve(x, conv.float(), norm.float())
     assert (got - exact).abs().max() < 1e-3
 
@@ -113,6 +115,7 @@ def test_memory_is_for_a_layers_input_and_output(monkeypatch: pytest.MonkeyPatch
         with Live() as whole:
             vae.decode(x)
         monkeypatch.setattr(strips, "STRIP", 1 << 12)
+        monkeypatch.setattr(statistics, "AT_ONCE", 1 << 12)
         with Live() as live:
             vae.decode(x)
     assert whole.peak > 6 * layer
@@ -128,3 +131,20 @@ def test_what_learns_is_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert x.grad is not None
     assert conv.weight.grad is not None
     assert torch.equal(x.detach(), before)
+
+
+@pytest.mark.parametrize(("b", "n"), [(1, 50), (3, 50), (9, 5), (2, 16)])
+def test_a_feed_forward_of_some_tokens_at_a_time_is_that_of_all(
+    b: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    ff, x = ProjectedFeedForward(32), torch.randn(b, n, 32)
+    with torch.inference_mode():
+        with Live() as whole:
+            expected = ff(x)
+        monkeypatch.setattr(blocks, "STRIP", 0)
+        monkeypatch.setattr(blocks, "TOKENS", 16)
+        with Live() as live:
+            parts = ff(x)
+    torch.testing.assert_close(parts, expected, atol=1e-6, rtol=0)
+    assert live.peak < parts.nbytes + 17 / (b * n) * whole.peak

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from sfumato.errors import BadRequest
+from sfumato.families.common import Way
 from sfumato.families.model import Model
 from sfumato.networks.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.pipeline.pipeline import Pipeline
-from sfumato.pipeline.tiles import places, ramp, tiled
+from sfumato.pipeline.tiles import mosaic, places, ramp, tiled
 
 FACTOR = 4
 
@@ -81,6 +82,41 @@ def test_what_sees_the_whole_picture_leaves_no_seam(seed: int) -> None:
     assert jump(beside, [24, 48]) > 2
     assert jump(faded, edges) < 1.3 * max(1.0, jump(whole, edges))
     assert (faded - whole).abs().mean() < 0.3 * whole.std()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_group_norms_see_the_whole_picture(seed: int, tiny: Model) -> None:
+    """Of a picture whose halves are unlike, and of one that is coarse and fine, both ways through the autoencoder."""
+    torch.manual_seed(seed)
+    config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=4, middle_attention=False)
+    vae = Autoencoder(config).eval()
+    coarse, fine = (F.interpolate(torch.randn(1, 4, h, h), (72, 72), mode="bicubic") for h in (3, 36))
+    bare = {"channels": 4, "factor": 2, "multiple": 8, "max_pixels": 1 << 22}
+    shared = replace(tiny, decode=Way(vae, "decode"), encode_picture=Way(vae, "encode"), **bare)
+    own = replace(tiny, decode=vae.decode, encode_picture=vae.encode, **bare)
+    with torch.inference_mode():
+        for x in (torch.cat([fine[..., :36], 2 + 0.2 * fine[..., 36:]], -1), coarse + 0.5 * fine):
+            whole = vae.decode(x)
+            alike, unlike = (Pipeline(model, tile=48)._decode(x) for model in (shared, own))
+            assert (alike - whole).abs().mean() < 0.4 * (unlike - whole).abs().mean()
+            pictures = whole.clamp(-1, 1)
+            latents = vae.encode(pictures)
+            alike, unlike = (Pipeline(model, tile=48)._encode(pictures) for model in (shared, own))
+            assert (alike - latents).abs().mean() < 0.6 * (unlike - latents).abs().mean()
+            assert torch.equal(vae.decode(x), whole), "the autoencoder itself is as it was"
+
+
+def test_a_mosaic_is_of_pieces_from_everywhere() -> None:
+    h, w = 100, 20
+    x = torch.arange(h * w).view(1, 1, h, w)
+    small = mosaic(x, 32, 1)
+    assert small.shape == (1, 1, 32, 20), "an axis that fits is left whole"
+    rows = (small[0, 0, :, 0] // w).tolist()
+    assert rows[:4] == [0, 1, 2, 3]
+    assert rows[-4:] == [96, 97, 98, 99]
+    assert rows == sorted(set(rows))
+    assert max(b - a for a, b in itertools.pairwise(rows)) <= 12, "no large part is missing"
+    assert mosaic(x, 8, 2).shape == (1, 1, 16, 16), "in whole cells"
 
 
 def test_a_pipeline_tiles_what_is_larger_than_asked_for(tiny: Model) -> None:

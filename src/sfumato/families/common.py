@@ -31,6 +31,7 @@ from sfumato.networks.autoencoder import AnyAutoencoder, Autoencoder, Halves, Ti
 from sfumato.networks.blocks import sinusoids
 from sfumato.networks.compact import CompactAutoencoder
 from sfumato.networks.sd_unet import SDUNet
+from sfumato.networks.statistics import with_fixed_norms
 from sfumato.networks.stored import Mappings, in_dtype, keeper
 from sfumato.text.clip import CLIPText
 from sfumato.text.prompt import chunks, grid, parse, spell_prompt, weigh
@@ -156,14 +157,37 @@ def autoencoder_of(config: Json) -> tuple[Callable[[Any], Autoencoder | TinyAuto
     return Autoencoder, autoencoder_config(config)
 
 
-def decoder(vae: AnyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
-    """The way from x to pictures, in the type that x comes in: a wider one makes a wider copy of the weights."""
-    return lambda x: in_type_of(x, vae).decode(x)
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way through an autoencoder, in the type that its input comes in; a wider one makes a wider copy of it.
+
+    Args:
+        direction: the network's method, "encode" (to the mean of what x may be) or "decode".
+    """
+
+    network: AnyAutoencoder | CompactAutoencoder
+    direction: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) to x (B, C, h, w), or back."""
+        return getattr(in_type_of(x, self.network), self.direction)(x)
+
+    def normalized_by(self, sample: Tensor) -> Way:
+        """The same way for parts of pictures, with every group norm's mean and variance from a sample of the whole."""
+        way = Way(with_fixed_norms(self.network), self.direction)
+        with torch.inference_mode():
+            way(sample)
+        return way
 
 
-def encoder(vae: AnyAutoencoder | CompactAutoencoder) -> Callable[[Tensor], Tensor]:
-    """The way from pictures to x, to the mean of what it may be, in the type that pictures come in."""
-    return lambda pictures: in_type_of(pictures, vae).encode(pictures)
+def decoder(vae: AnyAutoencoder | CompactAutoencoder) -> Way:
+    """The way from x to pictures."""
+    return Way(vae, "decode")
+
+
+def encoder(vae: AnyAutoencoder | CompactAutoencoder) -> Way:
+    """The way from pictures to x."""
+    return Way(vae, "encode")
 
 
 def in_type_of(x: Tensor, network: M) -> M:

@@ -10,11 +10,10 @@ Shapes: N cells of a layer, M columns of the context, W words, A heads, h × w c
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +25,9 @@ from sfumato.diffusion.level import NoiseLevel
 from sfumato.families.model import Model
 from sfumato.networks.blocks import CrossAttention, split_heads
 from sfumato.networks.modulated import JointAttention
+from sfumato.networks.stored import twin
 from sfumato.text.spelling import Word
 
-N = TypeVar("N", bound=nn.Module)
 SIDE = 64  # cells: the longer side of a map is at most this
 
 
@@ -153,12 +152,6 @@ class Maps:
 
     maps: NDArray[np.float32]
     share: float
-
-
-def twin(network: N) -> N:
-    """A network of the same weights, not a copy of them, whose modules and hooks are its own."""
-    shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
-    return copy.deepcopy(network, shared)
 
 
 def watch(model: Model, *, attention: bool = True) -> tuple[Model, Recorder]:

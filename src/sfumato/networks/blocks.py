@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.strips import convolve
+from sfumato.networks.strips import STRIP, convolve
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -182,6 +182,9 @@ class Projected(nn.Module):
         return F.gelu(x, approximate="tanh" if self.activation == "gelu-tanh" else "none")
 
 
+TOKENS = 1024  # for which weights may be fetched from their file anew: it takes a twentieth of what they are used for
+
+
 class ProjectedFeedForward(nn.Module):
     """Two linear layers around an activation: (B, N, D) → (B, N, D)."""
 
@@ -191,8 +194,16 @@ class ProjectedFeedForward(nn.Module):
         self.net = nn.ModuleDict({"0": Projected(dim, inner, activation), "2": nn.Linear(inner, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to every token."""
-        return self.net["2"](self.net["0"](x))
+        """Apply to every token; of a large picture to some at a time, if nothing is to be learned."""
+        b, n, _ = x.shape
+        most = max(TOKENS, STRIP // self.net["2"].in_features)
+        if b * n <= most or torch.is_grad_enabled():
+            return self.net["2"](self.net["0"](x))
+        out = torch.empty_like(x)
+        for pictures, into in zip(x.split(max(1, most // n)), out.split(max(1, most // n)), strict=True):
+            for part, place in zip(pictures.split(most, 1), into.split(most, 1), strict=True):
+                place.copy_(self.net["2"](self.net["0"](part)))
+        return out
 
 
 def of_vectors(layer: nn.Module, x: Tensor) -> Tensor:

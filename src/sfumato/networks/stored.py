@@ -262,6 +262,11 @@ _SELVES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+def twin(module: M) -> M:
+    """A network of the same weights, not a copy of them, whose modules and hooks are its own."""
+    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+
+
 def in_dtype(module: M, dtype: torch.dtype) -> M:
     """A network of the same weights in another type; stored ones stay stored."""
     other: dict[int, Any] = {}

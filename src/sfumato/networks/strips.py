@@ -7,7 +7,7 @@ takes its mean and variance over the whole picture before the first strip begins
 and there is no seam. What a layer at once would hold beside x and y, which is several times as much, is there for one
 strip only.
 
-Shapes: B pictures, C channels, H × W cells, G groups.
+Shapes: B pictures, C channels, H × W cells.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sfumato.networks.statistics import affine, apply
 
 STRIP = 1 << 20  # numbers in a picture's strip: 4 MiB of float32
 
@@ -55,7 +57,7 @@ def convolve(
         y = conv(y) if edges is None else F.conv2d(F.pad(y, edges), conv.weight, conv.bias, conv.stride)
         return y if onto is None else onto + y
 
-    affine = None if norm is None else _affine(x, norm)
+    normal = None if norm is None else affine(x, norm)
     fits = over and (conv.out_channels, out_height, out_width) == x.shape[1:]
     shape = (len(x), conv.out_channels, out_height, out_width)
     out = onto if onto is not None else x if fits else x.new_empty(shape)
@@ -69,8 +71,8 @@ def convolve(
         if out is x:
             y = torch.cat([kept, x[:, :, start:end]], 2) if start else y
             kept = x[:, :, max(0, stop * stride - above) : stop].clone()
-        if affine is not None:
-            y = F.silu(_apply(y, *affine), inplace=True)
+        if normal is not None:
+            y = F.silu(apply(y, *normal), inplace=True)
         if up > 1:
             y = F.interpolate(y, scale_factor=up, mode="nearest")[:, :, top - begin * up : bottom - begin * up]
         side = min(left, right)
@@ -82,21 +84,3 @@ def convolve(
         else:
             out[:, :, start:stop] += y
     return out
-
-
-def _affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """What a group norm multiplies each channel of x by and adds to it, (B, C, 1, 1) both."""
-    groups = x.view(len(x), norm.num_groups, -1)  # (B, G, C/G·H·W)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    mean = groups.mean(-1, keepdim=True, dtype=wide)
-    squares = [
-        (part - mean).square_().sum(-1, keepdim=True) for part in groups.split(max(1, STRIP // groups.shape[1]), -1)
-    ]
-    rate = torch.rsqrt(torch.stack(squares).sum(0) / groups.shape[-1] + norm.eps)  # (B, G, 1)
-    scale = rate * norm.weight.view(1, norm.num_groups, -1)  # (B, G, C/G)
-    shift = norm.bias.view(1, norm.num_groups, -1) - mean * scale
-    return scale.flatten(1)[..., None, None], shift.flatten(1)[..., None, None]
-
-
-def _apply(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)

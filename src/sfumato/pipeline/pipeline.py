@@ -36,6 +36,7 @@ from sfumato.diffusion.level import NO_PICTURE
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import public_name
 from sfumato.families.additions import Lora
+from sfumato.families.common import Way
 from sfumato.families.model import Conditioning, Model
 from sfumato.networks.stored import in_dtype
 from sfumato.pipeline.canvas import Canvas, canvas_of, cover, upright
@@ -43,7 +44,7 @@ from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.request import GUIDES, Request
-from sfumato.pipeline.tiles import tiled
+from sfumato.pipeline.tiles import mosaic, tiled
 from sfumato.pixels import Pixels, eight_bits, signed
 
 
@@ -352,7 +353,10 @@ class Pipeline:
         tile = (TILE if h * w > UNTILED else 0) if self.tile is None else self.tile
         if not tile or factor == 1 or max(h, w) <= tile:
             return self._finite(way, x)
-        return tiled(lambda part: self._finite(way, part), x, max(MIN_TILE, tile // factor), unit, factor / unit**2)
+        side = max(MIN_TILE, tile // factor)
+        if isinstance(way, Way):
+            way = way.normalized_by(mosaic(x, side, unit))
+        return tiled(lambda part: self._finite(way, part), x, side, unit, factor / unit**2)
 
     def _finite(self, way: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Go one way through the autoencoder, and once more in a wider type if numbers overflow."""

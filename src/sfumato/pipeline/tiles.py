@@ -4,8 +4,9 @@
 
 Each tile sees a whole overlap more than it is responsible for: its outer third, where it lacks what lies beyond its
 edge, is thrown away, in the middle third both tiles fade into each other. So layers that see no further than a third
-of the overlap give the same as at once; what depends on the whole picture (group norms, attention of the middle)
-differs a little from tile to tile and is faded.
+of the overlap give the same as at once. Group norms depend on the whole picture: they take their statistics from a
+``mosaic`` of it that goes through the network first. What differs still from tile to tile (attention in the middle, and
+what the mosaic missed) is little, and faded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 OVERLAP = 4  # a tile's side over the overlap of two
+PIECES = 8  # of a mosaic's side
 
 
 def tiled(way: Callable[[Tensor], Tensor], x: Tensor, side: int, unit: int, scale: float) -> Tensor:
@@ -48,6 +50,21 @@ def tiled(way: Callable[[Tensor], Tensor], x: Tensor, side: int, unit: int, scal
     assert out is not None
     assert weights is not None
     return out / weights
+
+
+def mosaic(x: Tensor, side: int, unit: int) -> Tensor:
+    """A picture no larger than a tile, made of pieces from all over x (B, C, h, w), as they are and in their order.
+
+    It has what x has, in about the same shares, coarse and fine: a smaller copy would have lost what is fine. Only the
+    joints of its pieces, ``PIECES`` by ``PIECES``, are its own.
+    """
+    for axis in (-2, -1):
+        length = x.shape[axis] // unit
+        if length > side:
+            piece = max(1, side // PIECES)
+            starts = [round(i * (length - piece) / (side // piece - 1)) for i in range(side // piece)]
+            x = torch.cat([x.narrow(axis, start * unit, piece * unit) for start in starts], axis)
+    return x
 
 
 def places(length: int, side: int, overlap: int) -> list[int]:
