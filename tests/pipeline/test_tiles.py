@@ -140,3 +140,22 @@ def test_a_pipeline_tiles_what_is_larger_than_asked_for(tiny: Model) -> None:
     assert max(s[-1] for s in shapes) == 1024 // FACTOR
     with pytest.raises(BadRequest, match="tile must be"):
         Pipeline(latent, tile=8)
+
+
+def test_large_pictures_are_decoded_one_by_one_in_any_batch(tiny: Model) -> None:
+    """The memory of a batch of them is then that of one."""
+    seen: list[int] = []
+
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return near_sighted(torch.cat([x, x[:, :1]], 1))
+
+    latent = replace(tiny, decode=decode, factor=FACTOR, multiple=8, max_pixels=1 << 22)
+    pipe = Pipeline(latent, batch=8)
+    large, small = torch.randn(3, 3, 128, 128), torch.randn(9, 3, 32, 32)
+    together = pipe.pixels(large)
+    assert seen == [1, 1, 1]
+    assert all(np.array_equal(a, pipe.pixels(b[None])[0]) for a, b in zip(together, large, strict=True))
+    seen.clear()
+    pipe.pixels(small)
+    assert seen == [8, 1]
