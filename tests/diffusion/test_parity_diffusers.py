@@ -38,7 +38,9 @@ def numbers(seed=7):
 
 
 def ours(name, path, x, noise=None, **settings):
-    return list(SAMPLERS[name](denoise, x, path, noise, **settings))
+    steps = list(SAMPLERS[name](denoise, x, path, noise, **settings))
+    assert len(steps) == len(path) - 1
+    return steps
 
 
 def same(a, b, tolerance=1e-5):
