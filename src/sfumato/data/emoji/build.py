@@ -146,7 +146,8 @@ def load_config(path: Path) -> CorpusConfig:
     try:
         return from_dict(CorpusConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise BadData(f"{path}: not a readable recipe ({(str(e).splitlines() or [type(e).__name__])[0]})") from None
+        reason = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
+        raise BadData(f"{path}: not a readable recipe ({reason})") from None
 
 
 def prepare(
