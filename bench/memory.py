@@ -190,12 +190,12 @@ def write(family: str, folder: Path, blocks: list[int], stored: str) -> int:
 
     from sfumato.checkpoints.folder import write_folder
     from sfumato.checkpoints.published import Published
-    from sfumato.families.convert import _with_tokenizers
+    from sfumato.families.convert import with_tokenizers
 
     parts = configs(family, blocks)
     shapes = networks(parts)
     empty = {p: {k.removeprefix("text_model."): None for k in s} for p, s in shapes.items() if "text_encoder" in p}
-    named: Any = _with_tokenizers(Published(folder, "folder", parts, empty, {}))  # type: ignore[arg-type]
+    named: Any = with_tokenizers(Published(folder, "folder", parts, empty, {}))  # type: ignore[arg-type]
     tokenizers = {k: v for k, v in named.tokenizers.items() if v}
     for part, c in parts.items():
         if c.get("model_type") == "t5":

@@ -16,9 +16,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import sfumato
 from sfumato.checkpoints.single_file import METADATA
+from sfumato.cli.convert import main
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import describe
-from sfumato.families.convert import convert, main
+from sfumato.families.convert import convert
 
 Tensors = dict[str, torch.Tensor]
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."

@@ -33,7 +33,7 @@ COMMANDS = {  # name → module whose ``main(argv) -> int`` reads the command's 
     "train": ("sfumato.training.cli", "train a model by a recipe, or on a folder of pictures"),
     "evaluate": ("sfumato.evaluation.cli", "measure a model against real pictures"),
     "data": ("sfumato.data.cli", "check a data set, or rebuild the corpus"),
-    "convert": ("sfumato.families.convert", "turn a published folder into a single file, or the other way"),
+    "convert": ("sfumato.cli.convert", "turn a published folder into a single file, or the other way"),
     "serve": ("sfumato.server.cli", "serve pictures over HTTP"),
 }
 

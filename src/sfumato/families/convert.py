@@ -7,7 +7,6 @@ sfumato convert v1-5-pruned.safetensors v1-5/
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from sfumato.checkpoints.formats import form_of, weights
 from sfumato.checkpoints.published import Published
 from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file, write_tensors
 from sfumato.checkpoints.tensors import read_header
-from sfumato.console import Parser
 from sfumato.errors import BadCheckpoint, BadRequest
-from sfumato.families import locate, recognize
+from sfumato.families import recognize
 from sfumato.text.tokenizer import END, START, clip_vocabulary, packaged_merges, packaged_pairs
 
 
@@ -32,7 +30,7 @@ def convert(source: Path, target: Path, variant: str | None = None, *, allow_pic
         model = _without_packaged(read_folder(source, variant, allow_pickle=allow_pickle))
         write_single_file(model, target, layout_of(model))
     elif target.suffix != ".safetensors":
-        write_folder(_with_tokenizers(read_single_file(source, allow_pickle=allow_pickle)), target)
+        write_folder(with_tokenizers(read_single_file(source, allow_pickle=allow_pickle)), target)
     elif form_of(source) == "safetensors":
         read_header(source)  # a file of no known form is refused as such
         raise BadRequest(f"{source} is a safetensors file already; name a folder to convert it to")
@@ -69,7 +67,7 @@ def _without_packaged(model: Published) -> Published:
     return replace(model, tokenizers=tokenizers)
 
 
-def _with_tokenizers(model: Published) -> Published:
+def with_tokenizers(model: Published) -> Published:
     """The model with the files of the packaged vocabulary where it uses that, so that others can read the folder."""
     tokenizers = {k: dict(v) for k, v in model.tokenizers.items()}
     for component in model.tensors:
@@ -89,16 +87,3 @@ def _with_tokenizers(model: Published) -> Published:
         }
         own.setdefault("tokenizer_config.json", json.dumps(settings, indent=2))
     return replace(model, tokenizers=tokenizers)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``sfumato convert``; returns the exit code, and lets SfumatoError through."""
-    parser = Parser(prog="sfumato convert", description="Folder to single file, or the other way.")
-    parser.add_argument("source", help="a published folder, a single file, or a model's id on the hub")
-    parser.add_argument("target", type=Path, help="where to write the other form; it must not exist")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .ckpt and .pt files too, in a process apart")
-    parser.add_argument("--variant", help="which files of a folder to take, such as fp16")
-    given = parser.parse_args(arguments)
-    source = locate(given.source, given.variant)
-    print(convert(source, given.target, given.variant, allow_pickle=given.allow_pickle))
-    return 0
