@@ -9,30 +9,23 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from PIL import Image
 
 from sfumato.errors import BadData
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.picture import Picture
-from sfumato.pipeline.request import Request
+from sfumato.pipeline.request import PICTURES
 from sfumato.server.errors import fail
 from sfumato.server.gallery import NAME, Gallery
 from sfumato.server.uploads import Uploads
 
 
-def picture_fields() -> list[str]:
-    """The fields of a request that hold a picture."""
-    hints = get_type_hints(Request)
-    return [f.name for f in fields(Request) if "PictureFile" in str(hints[f.name])]
-
-
 def take_pictures(uploads: Uploads, gallery: Gallery, given: dict[str, Any]) -> dict[str, Any]:
     """Settings whose pictures are at hand, and kept; raises ApiError, BadRequest for one that is not there."""
     taken = dict(given)
-    for name in picture_fields():
+    for name in PICTURES:
         if (value := given.get(name)) is not None:
             taken[name] = _take(uploads, gallery, name, value)
     return taken
@@ -70,7 +63,7 @@ def _by_id(uploads: Uploads, gallery: Gallery, name: str, id: str) -> bytes:
 def with_pictures(uploads: Uploads, request: dict[str, Any]) -> dict[str, Any]:
     """A job's request with its pictures' bytes, for the worker; raises FileNotFoundError if one is gone."""
     full = dict(request)
-    for name in picture_fields():
+    for name in PICTURES:
         if isinstance(record := request.get(name), Mapping):
             full[name] = {**record, "data": base64.b64encode(uploads.read(record["sha256"])).decode()}
     return full
