@@ -1,6 +1,7 @@
 """A trained model of our own as the embedded one: its word table in eight bits, its card and defaults set.
 
     python tools/embed.py RUN/final.safetensors src/sfumato/models/NAME.safetensors RECIPE.yaml [--preview FILE]
+        [--autoencoder FILE]
 
 The word table, which stays as it was laid out from word vectors, is kept as floats of eight bits (E4M3: 2209.05433), so
 that everything fits its size; how much is lost is printed. All else is fp16.
@@ -18,7 +19,7 @@ from safetensors.torch import save
 
 from sfumato.checkpoints.tensors import read_header, read_tensors
 from sfumato.config import from_dict, to_dict
-from sfumato.families.autoencoder import load_preview
+from sfumato.families.autoencoder import load_autoencoder, load_preview
 from sfumato.families.native import FORMAT, NativeConfig
 from sfumato.files import write_atomically
 from sfumato.training.recipe import load_recipe
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--preview", type=Path, help="a decoder for previews, where the model was trained without one")
+    parser.add_argument("--autoencoder", type=Path, help="the same latents with a decoder that learned on")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, [])
     tensors = dict(read_tensors(args.source))
@@ -42,6 +44,12 @@ def main() -> None:
     tensors[WORDS] = table.to(torch.float8_e4m3fn)
     lost = (tensors[WORDS].float() - table).square().sum() / table.square().sum()
     print(f"words: {float(lost):.3%} of their energy lost")
+    if args.autoencoder:
+        learned = load_autoencoder(args.autoencoder).state_dict()
+        for k, v in learned.items():
+            if not k.startswith("decoder.") and not torch.equal(v.half(), tensors[f"autoencoder.{k}"]):
+                parser.error(f"{args.autoencoder} has other latents than {args.source}: {k} differs")
+        tensors |= {f"autoencoder.{k}": v.half().contiguous() for k, v in learned.items()}
     if args.preview:
         decoder = load_preview(args.preview)
         tensors |= {f"preview.{k}": v.half().contiguous() for k, v in decoder.state_dict().items()}
