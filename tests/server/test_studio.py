@@ -17,6 +17,9 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image, PngImagePlugin
 
+from sfumato.cli import main
+from sfumato.pipeline.pipeline import load
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -445,6 +448,21 @@ def test_every_view_fits_and_is_accessible(open_page: Open, site: str, size: dic
     other = "dark" if scheme == "light" else "light"
     page.reload()
     assert page.locator("html").get_attribute("data-theme") == other, "the choice is remembered"
+
+
+def test_an_explained_picture_is_accessible(chromium: Browser, tiny_file: Path, tmp_path: Path) -> None:
+    """The file that `sfumato explain` writes, which goes anywhere."""
+    picture, report = tmp_path / "apple.png", tmp_path / "report.html"
+    load(tiny_file).generate("a red apple", seed=1, steps=3)[0].save(picture)
+    assert main(["explain", str(picture), "--out", str(report), "--steps", "3,6", "--model", str(tiny_file)]) == 0
+    for size, scheme in ((DESKTOP, "light"), (PHONE, "dark")):
+        context = chromium.new_context(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
+        page = context.new_page()
+        page.goto(report.as_uri())
+        assert faults(page) == [], scheme
+        assert fits(page), scheme
+        shoot(page, f"report-{scheme}")
+        context.close()
 
 
 def test_a_server_that_is_gone_is_told(open_page: Open, site: str) -> None:
