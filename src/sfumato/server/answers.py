@@ -48,6 +48,11 @@ async def read_json(request: Request) -> dict[str, Any]:
         fail(400, "the body is not valid JSON, or too deeply nested")
     if not isinstance(value, dict):
         fail(422, "the body must be a JSON object")
+    if "\\ud" in text.lower():  # half of a pair, which no answer could repeat
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            fail(422, "the body holds half a character, a lone surrogate")
     return value
 
 
