@@ -52,9 +52,7 @@ def _stacks(
     def stack(indices: Sequence[int]) -> Tensor:
         return torch.cat([encode(pictures.at(indices[i : i + batch])).half() for i in range(0, len(indices), batch)])
 
-    return kept(
-        folder, f"{key}/{pictures.fingerprint()}", lambda: {name: stack(of) for name, of in members.items()}
-    )
+    return kept(folder, f"{key}/{pictures.fingerprint()}", lambda: {name: stack(of) for name, of in members.items()})
 
 
 @dataclass(frozen=True, eq=False)

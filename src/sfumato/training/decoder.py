@@ -52,7 +52,9 @@ class DecoderTask:
         redrawn: the same latents as a model draws them, (N, C, h, w); every other place of the order takes them.
     """
 
-    def __init__(self, recipe: Recipe, latents: Latents, autoencoder: CompactAutoencoder, redrawn: Tensor | None = None):
+    def __init__(
+        self, recipe: Recipe, latents: Latents, autoencoder: CompactAutoencoder, redrawn: Tensor | None = None
+    ):
         self.recipe, self.latents, self.redrawn = recipe, latents, redrawn
         torch.manual_seed(recipe.seed)
         small = recipe.decoder.network
