@@ -153,7 +153,7 @@ class Stored(Tensor):
             return self.source
         self.workspace.follow(self)
         if self.uses is not None:
-            if self.uses == 0:
+            if self.uses < 1:  # below, where two threads counted at once
                 return self.keep()
             self.uses -= 1
         if self.source.dtype == self.dtype:
