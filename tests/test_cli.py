@@ -459,10 +459,14 @@ def test_an_interrupted_run_leaves_terminal_and_disk_whole(
     argv = [*COMMAND, "generate", "a", "--model", str(tiny_file), "-n", "100", "--steps", "1000", "--out", "new/a.png"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path, env=environment())
     os.close(theirs)
-    seen = read_until(ours, lambda text: b"drawing" in text, 60)
-    process.send_signal(number)
-    seen += read_until(ours, lambda _: False, 30)
-    assert process.wait(10) == code
+    try:
+        seen = read_until(ours, lambda text: b"drawing" in text, 180)
+        assert b"drawing" in seen
+        process.send_signal(number)
+        seen += read_until(ours, lambda _: False, 60)
+        assert process.wait(30) == code
+    finally:
+        process.kill()
     assert b"Traceback" not in seen
     assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l"), "the cursor was left hidden"
     assert list(tmp_path.iterdir()) == []
