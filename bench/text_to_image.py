@@ -6,7 +6,7 @@
 All are given the same pictures and captions, the same autoencoder and the same frozen text tower (weights/), and as
 much CPU time, user and system, of one process with one thread. Ours is recipes/emoji-latent.yaml from nothing over as
 many steps as fit, without compiling. diffusers' is what its text-to-image example trains: UNet2DConditionModel, ε,
-AdamW, EMA; of 13.3 million parameters to our 12.4, and at a rate of 3e-4 that suits so short a run better than its 1e-4.
+AdamW, EMA; of 13.3 million parameters to our 12.4, at a rate of 3e-4, which suits so short a run better than its 1e-4.
 All sample in 20 steps of DPM-Solver++(2M), guidance 3. What is done is kept in the folder.
 """
 
