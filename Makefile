@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red apple
-ARGS ?=
+ARGS ?= --best-of 4
 PEERS := $(VENV)/peers
 
 .PHONY: image test check bench screenshots fashion-mnist soak demo-train clean

@@ -58,6 +58,7 @@ FIELDS = {
     "control_scale": "float | None",
     "image_prompt": "PictureFile | None",
     "image_prompt_scale": "float | None",
+    "best_of": "int",
 }
 
 

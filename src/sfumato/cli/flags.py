@@ -76,6 +76,7 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "the one bui
     add("--control", metavar="FILE", help="add a ControlNet, which follows --control-image")
     add("--ip-adapter", metavar="FILE", help="add an IP-Adapter, which follows --image-prompt")
     add("--image-encoder", metavar="FOLDER", help="the IP-Adapter's (default: image_encoder beside it or in the model)")
+    add("--critic", metavar="FILE", help="a CLIP of `task: clip`, for --best-of (default: embedded models' own)")
     _add_reading_flags(add)
     add("--tile", metavar="PIXELS", help="decode in tiles so wide, 0 in none (default: 1024 above 2048x2048 pixels)")
     add("--partial", action="store_true", help="let weights pass that are missing, too many or misshaped")

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     if args.grid:
         from sfumato.pipeline.picture import grid
 
-        pictures = [grid(pictures)]
+        pictures = [grid(pictures, request)]
     paths = [target.write(p, i, scale) for i, p in enumerate(pictures)]
     if film is not None:
         film.write_film(frames, scale or pictures[0].viewing_scale)

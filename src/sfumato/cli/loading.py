@@ -65,7 +65,12 @@ def _load(args: argparse.Namespace, additions: Additions, threads: object = None
             import torch
 
             torch.set_num_threads(threads)  # the order of sums, and so the last bits, may depend on it
-        how |= {"variant": args.variant, "allow_pickle": args.allow_pickle, "partial": args.partial}
+        how |= {
+            "critic": args.critic,
+            "variant": args.variant,
+            "allow_pickle": args.allow_pickle,
+            "partial": args.partial,
+        }
         tile = None if args.tile is None else int(args.tile)
         return Pipeline(families.load(args.model, additions, **how), tile=tile)
 

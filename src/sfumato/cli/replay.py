@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     target = Target.plan(args.out, args.force, files=1)
     pipe, request = load_recorded(args, old)
     pictures, _ = draw(pipe, request)
-    new = pictures[0] if request.n == 1 else grid(pictures)
+    new = pictures[0] if request.n == 1 else grid(pictures, request)
     same = np.array_equal(enlarge(new.pixels, stored.scale), stored.pixels)
     path = target.write(new, 0, scale)
     changes = [

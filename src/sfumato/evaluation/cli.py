@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sfumato.evaluation.truth import Truth
 
 
-OF_A_MODEL = ("grid", "seed", "steps", "sampler", "guidance")  # settings that only pictures made have
+OF_A_MODEL = ("grid", "seed", "steps", "sampler", "guidance", "best_of")  # settings that only pictures made have
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sampler", metavar="NAME", help="see `sfumato samplers`")
     parser.add_argument("--guidance", type=float, metavar="W", help="how strongly to follow the captions; 1 = plain")
     parser.add_argument(
+        "--best-of", type=int, metavar="K", help="draw K pictures for each caption, and keep the one CLIP finds nearest"
+    )
+    parser.add_argument(
         "--size", type=int, metavar="S", help="side at which pictures are compared (default: the model's, or 64)"
     )
     parser.add_argument("--inception", metavar="FILE", help="Inception-v3 weights of torch-fidelity's, for fid")
@@ -70,7 +73,7 @@ def main(argv: list[str]) -> int:
     if args.real:
         for name in ("model", *OF_A_MODEL):
             if getattr(args, name) is not None:
-                shown = "the model" if name == "model" else f"--{name}"
+                shown = "the model" if name == "model" else f"--{name.replace('_', '-')}"
                 raise BadRequest(f"--real measures real pictures: leave out {shown}")
     from rich.console import Console
 
@@ -90,13 +93,16 @@ def main(argv: list[str]) -> int:
         if path and not Path(path).absolute().parent.is_dir():
             raise BadRequest(f"--{name}: no folder {Path(path).absolute().parent}")
     settings: dict[str, Any] = {k: getattr(args, k) for k in ("steps", "sampler", "guidance")}
+    settings["best_of"] = args.best_of or 1
     settings["seed"] = args.seed or 0
     pipe, size = None, 64
     autoencoder = args.model is not None and is_autoencoder(Path(args.model))
     if autoencoder:
         for name in ("metrics", "inception", *OF_A_MODEL):
             if getattr(args, name) is not None:
-                raise BadRequest(f"--{name} is for models that make pictures, and {args.model} is an autoencoder")
+                raise BadRequest(
+                    f"--{name.replace('_', '-')} is for models that make pictures, and {args.model} is an autoencoder"
+                )
     elif not args.real:
         pipe = load(args.model)
         size = base_request(pipe, **settings).width or size  # settings are checked before any work

@@ -28,9 +28,11 @@ def base_request(
     steps: int | None = None,
     sampler: str | None = None,
     guidance: float | None = None,
+    best_of: int = 1,
 ) -> Request:
     """Return the resolved request that every picture shares, but for prompt and seed; raises BadRequest."""
-    request = Request("any", seed=seed, steps=steps, sampler=sampler, guidance=guidance, upscale=1).resolve(pipe.model)
+    asked = Request("any", seed=seed, steps=steps, sampler=sampler, guidance=guidance, best_of=best_of, upscale=1)
+    request = asked.resolve(pipe.model)
     if request.width != request.height:
         raise BadRequest(f"model {pipe.model.name!r} makes {request.width}x{request.height}; only squares are compared")
     return request
@@ -43,7 +45,7 @@ def generate(
     cache: Cache,
     on_pictures: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
-    """Return one picture per caption, uint8 (N, 3, H, W); picture i is that of the request with seed + i.
+    """Return one picture per caption, uint8 (N, 3, H, W); picture i is the request's nth.
 
     ``on_pictures`` is told how many more there are, 0 at every step between; what it raises ends it all.
     """
@@ -52,7 +54,7 @@ def generate(
     parts: list[Tensor] = []
     for first in range(0, len(captions), PART):
         words = list(captions[first : first + PART])
-        requests = [replace(request, prompt=w, seed=request.seed + first + i, n=1) for i, w in enumerate(words)]
+        requests = [replace(request.nth(first + i), prompt=w) for i, w in enumerate(words)]
         # Batch and threads change pictures by rounding alone.
         key = content_hash(pipe.model.hash, shared, words, requests[0].seed)
         parts.append(

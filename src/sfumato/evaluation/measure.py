@@ -431,13 +431,17 @@ def make_pictures(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a model's pictures for all captions drawn, by split, and the settings that made them.
 
-    Settings are those of ``base_request``: seed, steps, sampler, guidance.
+    Settings are those of ``base_request``: seed, steps, sampler, guidance, best_of.
     """
     request = base_request(pipe, **settings)
     rows = [i for of in truth.drawn.values() for i in of]
     images = fit_size(generate(pipe, request, truth.captions(rows), cache, on_pictures), truth.images.shape[-1])
     parts = images.split([len(of) for of in truth.drawn.values()])
-    used = {k: v for k, v in request.to_dict().items() if k in ("seed", "sampler", "spacing", "steps", "guidance")}
+    used = {
+        k: v
+        for k, v in request.to_dict().items()
+        if k in ("seed", "sampler", "spacing", "steps", "guidance", "best_of")
+    }
     used["made at"] = f"{request.width}x{request.height}"
     return dict(zip(truth.drawn, parts, strict=True)), used
 
@@ -459,7 +463,7 @@ def evaluate(
         data: the data's name, for the report.
         on_pictures: is told how many more pictures there are; it may raise to end it all.
         keep: whether pictures and their features go into the cache.
-        settings: those of ``base_request``: seed, steps, sampler, guidance.
+        settings: those of ``base_request``: seed, steps, sampler, guidance, best_of.
     """
     made, used, model = None, {}, None
     if pipe is not None:

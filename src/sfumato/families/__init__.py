@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
@@ -16,6 +17,8 @@ from sfumato.families.additions import Additions
 from sfumato.files import sha256
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sfumato.checkpoints.published import Published
     from sfumato.families.model import Model
 
@@ -73,6 +76,7 @@ def load(
     name: str | Path | None = None,
     additions: Additions | None = None,
     *,
+    critic: str | Path | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
     partial: bool = False,
@@ -83,6 +87,7 @@ def load(
 
     Args:
         additions: LoRAs, learned words and other files to add to a published model.
+        critic: a CLIP of ours to choose pictures by; embedded models have the embedded one.
         variant: which files of a folder to take, such as "fp16".
         allow_pickle: whether files that can run code may be read, by a child that may not.
         partial: let missing, extra and misshaped tensors pass, and report them in the model's card.
@@ -92,6 +97,7 @@ def load(
     """
     keeping.check(dtype, memory)
     path = locate(name, variant)
+    judge = _critic(path, critic)
     display = str(name) if name is not None else DEFAULT_MODEL
     if commit := hub.commit_of(path):  # a picture can be made again even if its model's branch has moved
         display = f"{display.partition('@')[0]}@{commit}"
@@ -104,18 +110,27 @@ def load(
             raise BadRequest(f"{display}: what can be added to published models cannot be added to this one")
         if dtype != "fp32":
             raise BadRequest(f"{display}: a model of our own computes in fp32; other types are for published models")
-        return load_native(path, display, read_tensors(path), metadata, sha256(path))
+        return replace(load_native(path, display, read_tensors(path), metadata, sha256(path)), critic=judge)
 
     ingredients = tuple(additions.ingredients())  # a missing file is told before the model is read
     published = replace(_read(path, variant, allow_pickle=allow_pickle, partial=partial), partial=partial)
     published = additions.apply(published, allow_pickle=allow_pickle, partial=partial)
     keep, why = keeping.decide(published, dtype, memory)
     published = replace(published, keep=keep, why={**published.why, "computes in": dtype, "memory": why})
-    model = replace(_build(published, display), ingredients=ingredients)
+    model = replace(_build(published, display), ingredients=ingredients, critic=judge)
     for path, kind in ((additions.ip_adapter, "ip_adapter"), (additions.controlnet, "control")):
         if path is not None:
             model = import_module(f"sfumato.families.{kind}").attach(model, published)
     return model
+
+
+def _critic(model: Path, critic: str | Path | None) -> Callable[[Tensor, str], Tensor] | None:
+    """The CLIP that was named or, for embedded models, the embedded one, which is read when it is first asked."""
+    if critic is None and model not in embedded_models().values():
+        return None
+    from sfumato.families.clip import Critic
+
+    return Critic(None if critic is None else Path(critic))
 
 
 def _native_metadata(path: Path) -> str | None:

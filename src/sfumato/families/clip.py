@@ -106,6 +106,22 @@ class CLIP(nn.Module):
         return torch.cat(parts) if parts else torch.empty(0, self.towers.config.dim)
 
 
+class Critic:
+    """Says how well pictures fit a prompt: cosines of their unit vectors.
+
+    Args:
+        path: the CLIP's file, which is read at once; the embedded one is read when it is first asked.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self._clip = None if path is None else load_clip(path)
+
+    def __call__(self, pictures: Tensor, prompt: str) -> Tensor:
+        """Score uint8 pictures (B, 3, H, W); returns (B,) in [−1, 1]."""
+        self._clip = self._clip or load_clip()
+        return self._clip.embed_pictures(pictures) @ self._clip.embed_words([prompt])[0]
+
+
 def clip_tensors(towers: Mapping[str, Tensor], trunk: EfficientNetLite0) -> dict[str, Tensor]:
     """Return the tensors of a file, fp16: the towers' under their own names, the trunk's under ``trunk.``."""
     counts = "num_batches_tracked"  # of batch normalization's training

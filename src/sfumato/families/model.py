@@ -84,6 +84,7 @@ class Model:
         situate: (width, height, guidance) → one row of conditioning that goes with the words, for networks that are
             told the picture's size or the guidance scale.
         spacings: (width, height) → settings of timestep spacings, by the spacing's name.
+        critic: (uint8 pictures (B, 3, H, W), prompt) → how well each fits it (B,), by which ``best_of`` chooses.
         inpaints: the network is told what to repaint: conditioning ``picture`` (B, 1 + C, H, W) holds the mask, 1 where
             to repaint, and the encoded picture that is grey there.
         distilled: the network itself was trained to follow the guidance scale, which it is told by ``situate``: there
@@ -112,6 +113,7 @@ class Model:
     distilled: bool = False
     preview: Callable[[Tensor], Tensor] | None = None
     encode_picture: Callable[[Tensor], Tensor] | None = None
+    critic: Callable[[Tensor, str], Tensor] | None = None
     inpaints: bool = False
     guides: Mapping[str, Guide] = field(default_factory=dict)
     defaults: Defaults = field(default_factory=Defaults)
@@ -122,3 +124,8 @@ class Model:
     def takes_pictures(self) -> bool:
         """Whether it can start from a picture."""
         return self.encode_picture is not None
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether it can choose among its pictures."""
+        return self.critic is not None

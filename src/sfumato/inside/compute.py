@@ -71,7 +71,7 @@ def fitted(image: Image.Image, request: Request) -> Pixels:
 
 
 def _request(pipe: Pipeline, arguments: dict[str, Any]) -> Request:
-    return replace(Request.from_dict(arguments["request"]), n=1).resolve(pipe.model)
+    return replace(Request.from_dict(arguments["request"]), n=1, best_of=1).resolve(pipe.model)
 
 
 def _told(event: Any, kind: str) -> Json:

@@ -152,19 +152,24 @@ def sheet(pixels: Sequence[Pixels]) -> Pixels:
     return page
 
 
-def grid(pictures: Sequence[Picture]) -> Picture:
+def grid(pictures: Sequence[Picture], request: Request | None = None) -> Picture:
     """Make one picture of all pictures of a request; saved, it can be replayed as one.
+
+    Args:
+        request: the resolved request that drew them, which ``best_of`` needs; else it is read off the first.
 
     Raises BadRequest if they do not follow each other by seed with settings alike.
     """
     if not pictures:
         raise BadRequest("a grid needs at least one picture")
     first = pictures[0]
+    whole = request or replace(first.request, n=len(pictures))
     for i, p in enumerate(pictures):
-        follows = first.request.seed is not None and p.request == first.request.nth(i)
+        of = range(i * whole.best_of, (i + 1) * whole.best_of)
+        follows = whole.seed is not None and any(p.request == whole.draw(j) for j in of)
         if not follows or (p.model_hash, p.ingredients) != (first.model_hash, first.ingredients):
             raise BadRequest("a grid is made of the pictures of one request: the same settings, seed after seed")
-    return replace(first, pixels=sheet([p.pixels for p in pictures]), request=replace(first.request, n=len(pictures)))
+    return replace(first, pixels=sheet([p.pixels for p in pictures]), request=whole)
 
 
 def read(path: str | os.PathLike[str]) -> Stored:

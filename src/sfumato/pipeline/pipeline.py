@@ -1,6 +1,7 @@
 """From a request to pictures: words encoded, noise drawn, a sampler's loop over a guided denoiser, pixels.
 
-Shapes: n pictures; x (n, C, h, w); pictures (n, 3, H, W) in [−1, 1]; a guided batch is 2k rows, words first.
+Shapes: n pictures, with ``best_of`` all that are drawn; x (n, C, h, w); pictures (n, 3, H, W) in [−1, 1]; a guided
+batch is 2k rows, words first.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Pipeline:
         return [event for event in self.run(request) if isinstance(event, Picture)]
 
     def run(self, request: Request) -> Iterator[Step | Picture]:
-        """Check a request at once, then yield a sampler's steps, all n pictures in each, then the pictures.
+        """Check a request at once, then yield a sampler's steps, all drawn pictures in each, then the n pictures.
 
         A step's ``preview`` is the predicted picture as the network sees it; ``pixels`` makes it visible.
         """
@@ -140,7 +141,7 @@ class Pipeline:
         shape, w = self._shape(request), request.variation_strength
         noise = start(_seeds(request), shape)
         if w > 0:
-            others = (request.nth(i).variation_seed for i in range(request.n))
+            others = (request.draw(j).variation_seed for j in range(request.drawn))
             pairs = zip(noise, others, strict=True)
             noise = np.stack([slerp(a, normal(b or 0, 0, shape), w, batch_dims=0) for a, b in pairs])
         return torch.from_numpy(noise).to(self.device)
@@ -194,11 +195,20 @@ class Pipeline:
             x = q_sample(known, fresh(known), paths[1][0])
             x = yield from _walk(request, self._denoiser(request, words, size, NOTHING), x, paths[1], fresh)
             pixels = self.pixels(x)
-        if request.upscale != 1:
-            pixels = [self._upscale(p) for p in pixels]
         name, made_with = public_name(self.model), self._made_with()
-        for i, picture in enumerate(pixels):
-            yield Picture(picture, request.nth(i), name, self.model.hash, made_with, self.model.ingredients)
+        for j in self._chosen(request, pixels):
+            picture = pixels[j] if request.upscale == 1 else self._upscale(pixels[j])
+            yield Picture(picture, request.draw(j), name, self.model.hash, made_with, self.model.ingredients)
+
+    def _chosen(self, request: Request, pixels: Sequence[Pixels]) -> Sequence[int]:
+        """Of each ``best_of`` drawn pictures, the index of the one that fits the prompt best."""
+        if request.best_of == 1:
+            return range(request.n)
+        assert self.model.critic is not None
+        pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (n·k, 3, H, W)
+        with torch.inference_mode():
+            scores = self.model.critic(pictures, request.prompt).view(request.n, request.best_of)
+        return [i * request.best_of + int(k) for i, k in enumerate(scores.argmax(dim=1))]
 
     def _upscale(self, pixels: Pixels) -> Pixels:
         x = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device) / 255  # (1, 3, H, W)
@@ -395,6 +405,7 @@ def load(
     denoiser: str | os.PathLike[str] | None = None,
     ip_adapter: str | os.PathLike[str] | None = None,
     image_encoder: str | os.PathLike[str] | None = None,
+    critic: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
     partial: bool = False,
@@ -414,6 +425,7 @@ def load(
         ip_adapter: a network by which a U-Net follows a request's ``image_prompt`` as it follows words.
         image_encoder: the folder of the IP-Adapter's image encoder; None takes the one named image_encoder beside its
             file, or in the model's folder.
+        critic: a CLIP that ``task: clip`` trained, by which ``best_of`` chooses; embedded models have theirs.
         variant: which files of a folder to take, such as "fp16".
         allow_pickle: read .ckpt, .pt and .bin files too, in a child process that may build tensors alone.
         partial: let missing, extra and misshaped tensors pass; the model's card tells which.
@@ -427,7 +439,14 @@ def load(
 
     name = None if path_or_name is None else os.fspath(path_or_name)
     additions = families.Additions.of(loras, embeddings, vae, controlnet, denoiser, ip_adapter, image_encoder)
-    how = {"variant": variant, "allow_pickle": allow_pickle, "partial": partial, "dtype": dtype, "memory": memory}
+    how = {
+        "critic": critic,
+        "variant": variant,
+        "allow_pickle": allow_pickle,
+        "partial": partial,
+        "dtype": dtype,
+        "memory": memory,
+    }
     return Pipeline(families.load(name, additions, **how), batch, tile)
 
 
@@ -455,7 +474,7 @@ def _walk(
 
 
 def _seeds(request: Request) -> list[int]:
-    return [request.nth(i).seed or 0 for i in range(request.n)]
+    return [request.draw(j).seed or 0 for j in range(request.drawn)]
 
 
 def _visible(pictures: Tensor) -> list[Pixels]:

@@ -50,7 +50,8 @@ class Request:
     """Everything that decides the pixels of a picture, besides the model; None asks for the model's default.
 
     Picture i of n is the picture of seed + i alone: the same pixels as a request with that seed and n = 1. Of
-    variations, the seed stays and the variation's seed goes on.
+    variations, the seed stays and the variation's seed goes on. With ``best_of`` K, picture i is the best of those of
+    K seeds from seed + i·K on, and is told under its own seed alone.
     """
 
     prompt: str = field(metadata={"help": "what the picture should show", "metavar": "PROMPT", "flags": ()})
@@ -110,6 +111,12 @@ class Request:
     image_prompt_scale: float | None = _setting(
         None, "how closely to follow it (default: 1)", "F", "--image-prompt-scale"
     )
+    best_of: int = _setting(
+        1,
+        "draw K pictures for each, and keep the one that CLIP finds nearest to the prompt (default: 1)",
+        "K",
+        "--best-of",
+    )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Request:
@@ -154,12 +161,15 @@ class Request:
                 raise BadRequest(f"guidance_interval must rise, not {low:g},{high:g}")
             interval = (low, high)
         n = _whole("n", self.n, 1, MAX_PICTURES)
+        best_of = _whole("best_of", self.best_of, 1, MAX_PICTURES // n)
+        last = MAX_SEED - (n * best_of - 1)
         request = replace(
             self,
             prompt=_text("prompt", self.prompt, empty=False),
             negative=_text("negative", self.negative),
-            seed=_given(self.seed, lambda v: _whole("seed", v, 0, MAX_SEED - (n - 1))),
+            seed=_given(self.seed, lambda v: _whole("seed", v, 0, last)),
             n=n,
+            best_of=best_of,
             steps=_given(self.steps, lambda v: _whole("steps", v, 1, MAX_STEPS)),
             sampler=_given(self.sampler, _sampler),
             spacing=_given(self.spacing, _spacing),
@@ -173,7 +183,7 @@ class Request:
             strength=_given(self.strength, lambda v: _share("strength", v)),
             mask=_given(self.mask, lambda v: PictureFile.of("mask", v)),
             outpaint=_given(self.outpaint, _margins),
-            variation_seed=_given(self.variation_seed, lambda v: _whole("variation_seed", v, 0, MAX_SEED - (n - 1))),
+            variation_seed=_given(self.variation_seed, lambda v: _whole("variation_seed", v, 0, last)),
             variation_strength=_real("variation_strength", self.variation_strength, 0.0, 1.0),
             prompt_to=_given(self.prompt_to, lambda v: _text("prompt_to", v, empty=False)),
             mix=_given(self.mix, lambda v: _real("mix", v, 0.0, 1.0)),
@@ -190,6 +200,8 @@ class Request:
         for name, needed in NEEDS.items():
             if getattr(request, name) is not None and not getattr(request, needed):
                 raise BadRequest(f"{name} has no effect without {needed}: give both, or leave it out")
+        if request.best_of > 1 and request.prompt_to is not None:
+            raise BadRequest("best_of looks for the prompt alone: leave out prompt_to, or best_of")
         if request.hires is not None and (request.mask is not None or request.outpaint is not None):
             raise BadRequest("hires goes with no mask and no margins: paint first, then enlarge the result by init")
         return request
@@ -262,13 +274,25 @@ class Request:
         pictures = {f.name: p for f in fields(self) if isinstance(p := getattr(self, f.name), PictureFile)}
         return replace(self, **{name: change(name, p) for name, p in pictures.items()})
 
+    @property
+    def drawn(self) -> int:
+        """How many pictures are drawn, of which n are kept."""
+        return self.n * self.best_of
+
     def nth(self, i: int) -> Request:
         """The request of picture i of a resolved request alone: of the next seed or, of variations, the next one's."""
+        return replace(self._from_seed(i * self.best_of), n=1)
+
+    def draw(self, j: int) -> Request:
+        """The request of drawn picture j of a resolved request, without the choice."""
+        return replace(self._from_seed(j), n=1, best_of=1)
+
+    def _from_seed(self, offset: int) -> Request:
         if self.variation_strength > 0:
             assert self.variation_seed is not None
-            return replace(self, variation_seed=self.variation_seed + i, n=1)
+            return replace(self, variation_seed=self.variation_seed + offset)
         assert self.seed is not None
-        return replace(self, seed=self.seed + i, n=1)
+        return replace(self, seed=self.seed + offset)
 
 
 PICTURES = tuple(f.name for f in fields(Request) if str(f.type).startswith("PictureFile"))  # fields that hold one
@@ -299,6 +323,10 @@ def _check_effect(request: Request, model: Model) -> None:
             if getattr(request, name):
                 where = f"with model {model.name!r}" if model.distilled else "at guidance 1"
                 raise BadRequest(f"{name} has no effect {where}: leave it out")
+    if request.best_of > 1 and not model.has_critic:
+        raise BadRequest(
+            f"best_of cannot be used: model {model.name!r} was loaded without a CLIP to choose by (--critic FILE)"
+        )
     for name, (_, needed) in GUIDES.items():
         if getattr(request, name) is not None and name not in model.guides:
             raise BadRequest(f"{name} has no effect: model {model.name!r} was loaded without {needed}")

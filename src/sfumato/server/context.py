@@ -187,11 +187,11 @@ class Context:
             ("width × height", pixels * (request.upscale or 1) ** 2, limits.pixels),
             ("steps", request.steps, limits.steps),
             ("n", request.n, limits.n),
-            ("width × height × steps × n", pixels * request.steps * request.n, limits.work),
+            ("width × height × steps × n × best_of", pixels * request.steps * request.drawn, limits.work),
         ):
             if value > most:
                 fail(422, f"{name} is {value}; this server takes at most {most}")
-        return request.steps * request.n
+        return request.steps * request.drawn
 
     async def cancel(self, id: str) -> Job:
         """Cancel a job wherever it stands; raises ApiError if there is none, or it had ended."""

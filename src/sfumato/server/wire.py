@@ -69,6 +69,7 @@ class ModelFacts:
     max_pixels: int
     distilled: bool
     takes_pictures: bool
+    has_critic: bool
     card: dict[str, str]
     guides: tuple[str, ...] = ()
 
@@ -92,6 +93,7 @@ def facts_of(model: Any) -> Message:
         "max_pixels": model.max_pixels,
         "distilled": model.distilled,
         "takes_pictures": model.takes_pictures,
+        "has_critic": model.has_critic,
         "guides": list(model.guides),
         "card": {k: str(v) for k, v in model.card.items()},
     }

@@ -219,7 +219,7 @@ class Worker:
         if not task.watched or self._lockstep is None or now < task.due.get(index, 0.0):
             return
         with suppress(SfumatoError):  # what cannot be shown half-way may still become a picture
-            image = data_url(self._lockstep.pipe.glimpse(event.preview)[0])
+            image = data_url(self._lockstep.pipe.glimpse(event.preview[:1])[0])
             self._send({"is": "preview", "id": task.id, "step": task.told, "picture": index, "image": image})
         cost = time.monotonic() - now
         task.due[index] = now + max(PREVIEW_EVERY, cost * task.n / PREVIEW_SHARE)

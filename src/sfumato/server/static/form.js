@@ -3,7 +3,7 @@
 import { $, fill, h } from "./dom.js";
 
 export const state = { models: [], limits: {}, start: null, mask: null, extras: {} };
-const PLAIN = ["prompt", "negative", "n", "steps", "guidance", "seed", "sampler", "spacing"];
+const PLAIN = ["prompt", "negative", "n", "best_of", "steps", "guidance", "seed", "sampler", "spacing"];
 const OWN = new Set([...PLAIN, "width", "height", "upscale", "init", "mask", "strength"]);
 const says = (key, v) => v != null && v !== "" && v !== false && (v !== 0 || key.endsWith("seed")) && !(Array.isArray(v) && !v.length);
 const STYLES = ["oil painting", "watercolour", "pencil drawing", "photograph", "woodcut", "flat icon", "pixel art"];
@@ -51,6 +51,8 @@ function useDefaults() {
   const named = m.card?.styles;
   const styles = Array.isArray(named) ? named : typeof named === "string" ? named.split(",").map((s) => s.trim()) : STYLES;
   fill($("styles"), styles.map((s) => h("option", { value: s })));
+  $("choice").hidden = !m.has_critic;
+  $("best_of").value = 1;
   $("guidance").disabled = false;
   tell();
 }
@@ -95,7 +97,7 @@ export function request() {
     ...state.extras,
     prompt: style ? `${words}, ${style}` : words,
     negative: $("negative").value,
-    n: number("n"), steps: number("steps"), guidance: number("guidance"),
+    n: number("n"), best_of: number("best_of") ?? 1, steps: number("steps"), guidance: number("guidance"),
     width: drawn("width"), height: drawn("height"), upscale: enlargement(), seed: number("seed"),
     sampler: $("sampler").value, spacing: $("spacing").value, model: $("model").value,
   };
