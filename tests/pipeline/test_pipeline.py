@@ -17,6 +17,7 @@ import torch
 
 from sfumato.diffusion import PARAMETERIZATIONS, SAMPLERS, SCHEDULES, SPACINGS, Step
 from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.families import load
 from sfumato.families.model import Model
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
@@ -107,13 +108,25 @@ def test_a_picture_is_the_same_to_the_bit_in_any_batch_and_slot(tiny: Model, sam
         assert torch.equal(last_x(pipe, replace(request, seed=3 + i))[0], whole[i])
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0, 7.5])
 @pytest.mark.parametrize("sampler", ["dpmpp-2m", "ddpm", "dpmpp-sde"])
-def test_a_batched_network_changes_a_picture_by_rounding_only(tiny: Model, sampler: str) -> None:
-    single, batched = Pipeline(tiny), Pipeline(tiny, batch=8)
+def test_a_batched_network_changes_a_picture_by_rounding_only(tiny: Model, sampler: str, guidance: float) -> None:
+    one_by_one, batched = Pipeline(tiny), Pipeline(tiny, batch=8)
+    request = Request(WORDS, seed=7, n=8, sampler=sampler, guidance=guidance)
+    x = last_x(one_by_one, request)
     for n in (1, 2, 3, 5, 8):
-        request = Request(WORDS, seed=7, n=n, sampler=sampler)
-        x = last_x(single, request)  # a random network's picture reaches beyond [−1, 1]
-        assert (x - last_x(batched, request)).abs().max() <= 1e-5 * x.abs().max().clamp(min=1)
+        assert (x[:n] - last_x(batched, replace(request, n=n))).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_the_built_in_model_draws_the_same_in_batches_of_eight(guidance: float) -> None:
+    model = load(None)
+    one_by_one, batched = Pipeline(model), Pipeline(model, batch=8)
+    request = Request("a red fox", seed=3, n=8, steps=5, guidance=guidance, upscale=1)
+    x = last_x(one_by_one, request)
+    for n in (3, 8):
+        assert (x[:n] - last_x(batched, replace(request, n=n))).abs().max() <= 1e-5
+    assert all(map(np.array_equal, one_by_one.pixels(x), batched.pixels(x)))
 
 
 def test_guidance_one_calls_the_network_without_a_doubled_batch(tiny: Model) -> None:

@@ -22,6 +22,18 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def of_vectors(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a linear layer to vectors (B, D), one for each picture; in pairs, if nothing is to be learned.
+
+    A product of few vectors with a matrix rounds by their number and, of a single one, by where the matrix lies in
+    memory. In pairs, a picture's numbers are the same in every batch and from every file.
+    """
+    if torch.is_grad_enabled():
+        return layer(x)
+    even = x if len(x) % 2 == 0 else torch.cat([x, x[-1:]])
+    return torch.cat([layer(pair) for pair in even.split(2)])[: len(x)] if len(even) > 2 else layer(even)[: len(x)]
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoids through a two-layer perceptron: clock (B,) → (B, out)."""
 
@@ -32,7 +44,9 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed a clock (B,) that runs over about 0…1000 once scaled."""
-        return self.mlp(timestep_embedding(t * self.scale, self.dim).to(self.mlp[0].weight.dtype))
+        first, activation, last = self.mlp
+        y = timestep_embedding(t * self.scale, self.dim).to(first.weight.dtype)
+        return of_vectors(last, activation(of_vectors(first, y)))
 
 
 class Attention(nn.Module):
@@ -204,15 +218,6 @@ class ProjectedFeedForward(nn.Module):
             for part, place in zip(pictures.split(most, 1), into.split(most, 1), strict=True):
                 place.copy_(self.net["2"](self.net["0"](part)))
         return out
-
-
-def of_vectors(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a linear layer to vectors (B, D), to a single one as if it were two.
-
-    The product of a matrix with one vector rounds differently by where the matrix lies in memory, and the same
-    weights lie elsewhere in another file.
-    """
-    return layer(x) if len(x) > 1 else layer(x.expand(2, -1))[:1]
 
 
 class Perceptron(nn.Module):

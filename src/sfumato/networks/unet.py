@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.blocks import Attention, FeedForward, TimeEmbedding, group_norm, zero
+from sfumato.networks.blocks import Attention, FeedForward, TimeEmbedding, group_norm, of_vectors, zero
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return (B, out, H, W) from x (B, C, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.modulation(F.silu(embedding))[..., None, None].chunk(2, dim=1)  # (B, out, 1, 1)
+        scale, shift = of_vectors(self.modulation, F.silu(embedding))[..., None, None].chunk(2, dim=1)  # (B, out, 1, 1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
         return self.skip(x) + self.conv2(self.dropout(h))
 
@@ -164,7 +164,7 @@ class UNet(nn.Module):
         """Return the network's output (B, C_out, H, W); its meaning is the parameterization's affair."""
         embedding = self.time(clock)  # (B, E)
         if pooled is not None:
-            embedding = embedding + self.pooled(pooled)
+            embedding = embedding + of_vectors(self.pooled, pooled)
         h = self.conv_in(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for layer in self.down:

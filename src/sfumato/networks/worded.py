@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.blocks import RMSNorm, TimeEmbedding, dot_product_attention, split_heads, zero
+from sfumato.networks.blocks import RMSNorm, TimeEmbedding, dot_product_attention, of_vectors, split_heads, zero
 from sfumato.networks.dit import Patches, position_sinusoids
 from sfumato.networks.modulated import modulated, unpatch
 
@@ -132,8 +132,8 @@ class WordedTransformer(nn.Module):
         if pooled is None:
             real = torch.ones(context.shape[:2], device=context.device) if mask is None else mask
             pooled = (context * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-        embedding = F.silu(self.time(clock) + self.pooled(pooled))  # (B, D)
-        modulation = self.modulation(embedding).unflatten(1, (6, -1))
+        embedding = F.silu(self.time(clock) + of_vectors(self.pooled, pooled))  # (B, D)
+        modulation = of_vectors(self.modulation, embedding).unflatten(1, (6, -1))
         words = self.words(context)
         y = self.patches(x)
         y = y + position_sinusoids(c.dim, h // c.patch, w // c.patch, c.size // c.patch).to(y)
@@ -142,5 +142,5 @@ class WordedTransformer(nn.Module):
             y = block(y, modulation, words, mask)
             if i == layer % c.layers:
                 kept = y
-        shift, scale = self.final(embedding)[:, None].chunk(2, dim=-1)
+        shift, scale = of_vectors(self.final, embedding)[:, None].chunk(2, dim=-1)
         return unpatch(self.conv_out(modulated(y, shift, scale)), c.patch, h, w), kept

@@ -66,7 +66,6 @@ class Scene:
 NOTHING = Scene()
 UNTILED, TILE = 1 << 22, 1024  # pixels of a picture, and of a tile's side
 MIN_TILE = 8  # cells
-SHARED = 1 << 18  # pixels, of several pictures, that go through the autoencoder at once
 
 
 class Pipeline:
@@ -75,8 +74,9 @@ class Pipeline:
     Args:
         model: the model; its network is put into evaluation mode.
         batch: how many pictures the network sees at once. 1 makes each picture the same to the last bit
-            whatever it is made beside; more may be faster, and differ by rounding (about 2e-5). Large pictures are
-            decoded one by one all the same.
+            whatever it is made beside; more is faster, and for most networks makes the same (``networks.blocks.
+            of_vectors``), but a library beneath torch may round by a batch's size: 1e-5 at most was seen. Pictures
+            go through the autoencoder one by one all the same.
         tile: side in pixels of the tiles in which larger pictures go through the autoencoder; 0 for none. By default
             pictures of more than ``UNTILED`` pixels go in tiles of ``TILE``.
     """
@@ -151,7 +151,7 @@ class Pipeline:
 
         Raises BadCheckpoint if the decoder overflows even in a wider type.
         """
-        return _visible(torch.cat([self._decode(part) for part in self._parts(x, 1)]))
+        return _visible(torch.cat([self._decode(part) for part in x.split(1)]))
 
     def glimpse(self, x: Tensor) -> list[Pixels]:
         """Decode x (n, C, h, w) as ``pixels`` does, but by the model's quicker and rougher decoder if it has one."""
@@ -165,7 +165,7 @@ class Pipeline:
         Raises BadRequest if the model has no encoder, BadCheckpoint if it overflows even in a wider type.
         """
         y = signed(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))  # (n, 3, H, W)
-        return torch.cat([self._encode(part) for part in self._parts(y, self.model.factor)])
+        return torch.cat([self._encode(part) for part in y.split(1)])
 
     @property
     def device(self) -> torch.device:
@@ -350,11 +350,6 @@ class Pipeline:
 
     def _decode(self, x: Tensor) -> Tensor:
         return self._in_tiles(self.model.decode, x, 1)
-
-    def _parts(self, x: Tensor, unit: int) -> Sequence[Tensor]:
-        """What goes through the autoencoder at once: as many pictures as the network sees, while they are small."""
-        pixels = x.shape[-2] * x.shape[-1] * self.model.factor**2 // unit**2
-        return x.split(max(1, min(self.batch, SHARED // pixels)))
 
     def _in_tiles(self, way: Callable[[Tensor], Tensor], x: Tensor, unit: int) -> Tensor:
         """Go one way through the autoencoder, in tiles where the picture is large; a cell of x is ``unit`` wide."""
