@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.networks.fused import learns_on_cpu
 from sfumato.networks.strips import STRIP, convolve
 
 
@@ -85,7 +86,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x; its memory layout is kept."""
-        if not _learns_on_cpu(x) or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        if not learns_on_cpu(x) or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         # Channels last, torch's loops run over the few channels of a group: 3 to 16 times slower than two copies.
         return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
@@ -130,7 +131,7 @@ def dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """Scaled dot-product attention of q (B, heads, N, D) over k, v (B, heads, M, D): (B, heads, N, D)."""
-    if _learns_on_cpu(q) and (q.dtype == torch.bfloat16 or q.shape[2] * k.shape[2] <= FEW):
+    if learns_on_cpu(q) and (q.dtype == torch.bfloat16 or q.shape[2] * k.shape[2] <= FEW):
         with torch.autocast("cpu", enabled=False):  # in float32 its way back is up to three times faster than in bf16
             wide = [y.float() if y.dtype == torch.bfloat16 else y for y in (q, k, v)]
             return _learning_attention(*wide, mask, causal, scale).to(q.dtype)
@@ -150,10 +151,6 @@ def _learning_attention(
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(-1) @ v
-
-
-def _learns_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled()
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -28,6 +28,7 @@ from sfumato.networks.blocks import (
     attend,
     sinusoids,
 )
+from sfumato.networks.fused import norm_silu
 
 
 @dataclass(frozen=True)
@@ -348,4 +349,4 @@ class SDUNet(Contraction):
                 h = level.apply_block(i, torch.cat([h, skips.pop()], dim=1), embedding, prompt)
             if hasattr(level, "upsamplers"):
                 h = level.upsamplers[0](h, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(norm_silu(h, self.conv_norm_out))

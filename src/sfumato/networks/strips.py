@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.networks.fused import norm_silu
 from sfumato.networks.statistics import affine, apply
 
 STRIP = 1 << 20  # numbers in a picture's strip: 4 MiB of float32
@@ -52,7 +53,7 @@ def convolve(
     row = max(x.shape[1] * stride * width, conv.out_channels * out_width)  # numbers
     count = min(math.ceil(out_height * row / STRIP), out_height // max(1, above))
     if count < 2 or torch.is_grad_enabled() or not x.is_contiguous():
-        y = x if norm is None else F.silu(norm(x))
+        y = x if norm is None else norm_silu(x, norm)
         y = y if up == 1 else F.interpolate(y, scale_factor=up, mode="nearest")
         y = conv(y) if edges is None else F.conv2d(F.pad(y, edges), conv.weight, conv.bias, conv.stride)
         return y if onto is None else onto + y

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.networks.blocks import Attention, FeedForward, TimeEmbedding, group_norm, of_vectors, zero
+from sfumato.networks.fused import norm_silu
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return (B, out, H, W) from x (B, C, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = of_vectors(self.modulation, F.silu(embedding))[..., None, None].chunk(2, dim=1)  # (B, out, 1, 1)
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        h = self.conv1(norm_silu(x, self.norm1))
+        scale, shift = of_vectors(self.modulation, F.silu(embedding)).chunk(2, dim=1)  # (B, out)
+        h = norm_silu(h, self.norm2, scale, shift)
         return self.skip(x) + self.conv2(self.dropout(h))
 
 
@@ -178,4 +179,4 @@ class UNet(nn.Module):
                 if isinstance(layer, Stage)
                 else layer(h)
             )
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch)
+        return F.pixel_shuffle(self.conv_out(norm_silu(h, self.norm_out)), self.config.patch)
