@@ -457,7 +457,9 @@ def test_an_interrupted_run_leaves_terminal_and_disk_whole(
 ) -> None:
     ours, theirs = pty.openpty()
     argv = [*COMMAND, "generate", "a", "--model", str(tiny_file), "-n", "100", "--steps", "1000", "--out", "new/a.png"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path, env=environment())
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path, env=environment(), preexec_fn=heed_signals
+    )
     os.close(theirs)
     try:
         seen = read_until(ours, lambda text: b"drawing" in text, 180)
@@ -470,6 +472,63 @@ def test_an_interrupted_run_leaves_terminal_and_disk_whole(
     assert b"Traceback" not in seen
     assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l"), "the cursor was left hidden"
     assert list(tmp_path.iterdir()) == []
+
+
+def heed_signals() -> None:
+    """A shell has what it runs in the background ignore SIGINT, and whatever that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+SWALLOWING = """
+import sys, types
+import sfumato.cli
+module = types.ModuleType("swallowing")
+exec(sys.argv[1], module.__dict__)
+sys.modules["swallowing"] = module
+sfumato.cli.COMMANDS["swallow"] = ("swallowing", "")
+sfumato.cli.AGAIN = 0.1
+sys.exit(sfumato.cli.main(["swallow"]))
+"""
+BODIES = {  # what a library may do to the exception that a signal raises
+    "drops it": "try: sleep()\n    except BaseException: pass\n    sleep()",
+    "drops it many times": "for _ in range(3):\n        try: sleep()\n        except BaseException: pass\n    sleep()",
+    "makes another of it": "try: sleep()\n    except BaseException: raise RecursionError('odd') from None",
+    "lets it out of an exec": "exec('sleep()', globals())",
+    "ends in peace": "try: sleep()\n    except BaseException: return 0",
+    "cleans up slowly": "try: sleep()\n    finally:\n        time.sleep(0.5); print('cleaned', flush=True)",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("what", BODIES)
+def test_a_signal_is_never_lost(number: int, code: int, what: str) -> None:
+    sleep = "import time\ndef sleep():\n    print('asleep', flush=True)\n    time.sleep(120)"
+    library = f"{sleep}\ndef main(argv):\n    {BODIES[what]}"
+    argv = [sys.executable, "-c", SWALLOWING, library]
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=heed_signals
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "asleep\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    if what == "ends in peace":  # it was done all the same
+        assert (process.returncode, err) == (0, "")
+        return
+    assert process.returncode == code
+    assert err == f"sfumato: {'interrupted' if code == 130 else 'terminated'}\n"
+    assert ("cleaned" in out) == (what == "cleans up slowly")
+
+
+def test_a_signal_that_the_caller_ignored_stays_ignored() -> None:
+    library = "import os, signal\ndef main(argv):\n    os.kill(os.getpid(), signal.SIGINT)\n    return 7"
+    argv = [sys.executable, "-c", SWALLOWING, library]
+    ignoring = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    assert subprocess.run(argv, env=environment(), preexec_fn=ignoring).returncode == 7
 
 
 def read_until(fd: int, done: Callable[[bytes], Any], seconds: float) -> bytes:

@@ -2,6 +2,7 @@
 
 SfumatoError
 ├── BadRequest      exit 2    a setting that cannot be served
+│   └── TooLarge    exit 2    one that could be, were it smaller
 ├── BadCheckpoint   exit 3    a weight file that cannot be trusted or does not fit
 ├── BadData         exit 4    pictures, captions or recipes that cannot be trained on
 └── NoResources     exit 5    disk, memory or a missing optional part
@@ -15,9 +16,21 @@ class SfumatoError(Exception):
 
 
 class BadRequest(SfumatoError, ValueError):
-    """A request or setting that cannot be served."""
+    """A request or setting that cannot be served.
+
+    Args:
+        setting: the name of the setting that is wrong, where it is one.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "", setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+class TooLarge(BadRequest):
+    """A request that is right, and more than is served."""
 
 
 class BadCheckpoint(SfumatoError):

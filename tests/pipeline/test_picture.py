@@ -35,6 +35,16 @@ def picture(seed: int = 3) -> Picture:
     return Picture(pixels, replace(REQUEST, seed=seed), "tiny", "ab" * 32, {"torch": "2.13.0", "threads": 2})
 
 
+def test_warnings_stay_with_the_picture(tmp_path: Path) -> None:
+    told = replace(picture(), warnings=("prompt: too long for this model: its last 3 tokens are left out",))
+    path = told.save(tmp_path / "fox.png")
+    assert Picture.open(path).warnings == told.warnings
+    assert Picture.open(picture().save(tmp_path / "plain.png")).warnings == ()
+    path.write_bytes(path.read_bytes().replace(b'"warnings": ["', b'"warnings": {"'))
+    with pytest.raises(BadData):
+        read(path)
+
+
 @pytest.mark.parametrize("scale", [1, 5])
 def test_what_is_saved_is_read_again(tmp_path: Path, scale: int) -> None:
     path = picture().save(tmp_path / "fox.png", scale=scale)

@@ -53,6 +53,18 @@ def test_generate_takes_the_fields_of_request(tiny: Model) -> None:
         pipe.generate(WORDS, stepz=3)
 
 
+def test_words_that_do_not_fit_are_told_with_the_picture(tiny: Model) -> None:
+    pipe, long = Pipeline(tiny), "a red apple in the rain " * 9
+    (picture,) = pipe.generate(long, steps=1)
+    lost = tiny.truncated(long)
+    assert lost > 0
+    assert picture.warnings == (f"prompt: too long for this model: its last {lost} tokens are left out",)
+    assert pipe.generate("a", steps=1)[0].warnings == ()
+    assert [w.partition(":")[0] for w in pipe.warnings(Request("a", negative=long, prompt_to=long))] == [
+        "negative", "prompt_to",
+    ]  # fmt: skip
+
+
 def test_a_bad_request_is_refused_before_the_first_step(tiny: Model) -> None:
     pipe = Pipeline(tiny)
     with pytest.raises(BadRequest):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import random
 import socket
 import string
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -106,21 +109,39 @@ def send(server: Server, data: bytes) -> int:
     return int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else 0
 
 
-def test_no_request_is_too_strange(shared: Server, soak: bool) -> None:
-    pick = random.Random(16)
-    for i in range(100_000 if soak else 150):
-        data = request_of(pick)
-        status = send(shared, data)
-        assert status < 500 or status == 503, (i, data)
-        assert shared.process.poll() is None, (i, data)
-    assert shared.http.get("/livez").status_code == 200
-    for job in shared.http.get("/jobs", params={"state": "queued,running", "limit": 500}).json()["jobs"]:
-        shared.http.delete(f"/jobs/{job['id']}")
-        shared.ended(job["id"])
-    assert shared.ended(shared.submit(steps=1)["id"])["state"] == "done"
-    shared.check_sum()
-    errors = [line for line in shared.lines() if line["level"] == "error"]
-    assert errors == []
+def test_no_request_is_too_strange(shared: Server, serve: Serve, soak: bool) -> None:
+    server, requests, clients = (serve(), 100_000, 4) if soak else (shared, 150, 1)
+    sent, sizes = itertools.count(), {}
+
+    def client(k: int) -> None:
+        pick = random.Random(16 + k)
+        for i in range(requests // clients):
+            data = request_of(pick)
+            status = send(server, data)
+            assert status < 500 or status == 503, (k, i, data)
+            assert server.process.poll() is None, (k, i, data)
+            if (n := next(sent)) % 500 == 0:
+                sizes[n] = resident(server)
+                print(f"{n} requests, {sizes[n]:.1f} MiB", flush=True)
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+    assert server.http.get("/livez").status_code == 200
+    for job in server.http.get("/jobs", params={"state": "queued,running", "limit": 500}).json()["jobs"]:
+        server.http.delete(f"/jobs/{job['id']}")
+        server.ended(job["id"])
+    assert server.ended(server.submit(steps=1)["id"])["state"] == "done"
+    server.check_sum()
+    lines = server.lines()
+    assert [line for line in lines if line["level"] == "error"] == []
+    assert {line["status"] for line in lines if line.get("status", 0) >= 500} <= {503}  # of answers not waited for, too
+    late = sorted(n for n in sizes if n >= requests // 2)
+    assert not soak or growth([sizes[n] for n in late], 500) < MIB_PER_1000
+
+
+def growth(sizes: list[float], every: int) -> float:
+    """MiB in 1,000 requests, by a line through sizes that were taken every so many."""
+    return float(np.polyfit(np.arange(len(sizes)) * every / 1000, sizes, 1)[0])
 
 
 def slope(server: Server, requests: int) -> float:
@@ -129,13 +150,16 @@ def slope(server: Server, requests: int) -> float:
     for i in range(requests):
         server.ended(server.submit(f"prompt {i}", seed=i, steps=1)["id"])
         if i % 50 == 0 and i >= requests // 2:
-            sizes.append(sum(_resident(pid) for pid in (server.process.pid, server.worker_pid())))
-    return float(np.polyfit(np.arange(len(sizes)) * 50 / 1000, sizes, 1)[0])
+            sizes.append(resident(server))
+            print(f"{i} jobs, {sizes[-1]:.1f} MiB", flush=True)
+    return growth(sizes, 50)
 
 
-def _resident(pid: int) -> float:
-    with open(f"/proc/{pid}/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+def resident(server: Server) -> float:
+    """MiB of the server and its worker."""
+    pids = (server.process.pid, server.worker_pid())
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
 def test_memory_does_not_grow_and_a_leak_would_be_seen(serve: Serve, soak: bool) -> None:

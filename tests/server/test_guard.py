@@ -54,7 +54,9 @@ def test_an_address_that_others_reach_needs_a_token(capsys: pytest.CaptureFixtur
         (["--folder", "short"], "cannot use the folder"),
         (["--token", "x"], "unrecognized"),
         (["--allow-origin", "*"], "--allow-origin must be an address"),
-        (["--public-url", "https://example.org/path"], "--public-url must be an address"),
+        (["--public-url", "https://example.org/a?b"], "--public-url must be an address"),
+        (["--public-url", "https://example.org/../a"], "--public-url must be an address"),
+        (["--public-url", "https://example.org/jobs/"], "may not begin with /jobs"),
     ],
 )
 def test_a_server_that_cannot_be_started_says_why(
@@ -69,7 +71,9 @@ def test_a_server_that_cannot_be_started_says_why(
 
 
 def test_with_a_token_every_route_but_liveness_and_readiness_gives_401(serve: Serve) -> None:
-    server = serve("sfumato.families:load", "--allow-origin", APP, "--public-url", PUBLIC, ready=False, token=TOKEN)
+    server = serve(
+        "sfumato.families:load", "--allow-origin", APP, "--public-url", f"{PUBLIC}/art/", ready=False, token=TOKEN
+    )
     bare = httpx.Client(base_url=server.url)
     routes: dict[str, Any] = server.http.get("/openapi.json").json()["paths"]
     assert {"/jobs", "/metrics", "/pictures/{id}.png", "/v1/images/generations", "/sdapi/v1/txt2img"} <= routes.keys()
@@ -119,7 +123,32 @@ def _other_pages(server: Server, bare: httpx.Client) -> None:
             assert "access-control-allow-credentials" not in answer.headers
     through = {"Host": PUBLIC.removeprefix("https://"), "Origin": PUBLIC}
     made = server.http.post("/v1/images/generations", headers=through, json={"prompt": "a", "steps": 1}).json()
-    assert made["data"][0]["url"].startswith(f"{PUBLIC}/pictures/")
+    assert made["data"][0]["url"].startswith(f"{PUBLIC}/art/pictures/")
+    _below_a_path(server, bare)
+
+
+def _below_a_path(server: Server, bare: httpx.Client) -> None:
+    """``--public-url`` with a path: routes are there with it, and without it for a proxy that leaves it out."""
+    for prefix in ("", "/art"):
+        assert bare.get(f"{prefix}/livez").status_code == 200
+        assert bare.get(f"{prefix}/jobs").status_code == 401
+        said = server.http.post(f"{prefix}/jobs", json={"prompt": "a", "steps": 1})
+        id = said.json()["id"]
+        assert said.headers["location"] == f"/art/jobs/{id}"
+        (picture,) = server.ended(id)["pictures"]
+        assert picture["url"] == f"/art/pictures/{id}-0.png"
+        assert server.http.get(picture["url"]).headers["content-type"] == "image/png"
+        entry = server.http.get(f"{prefix}/pictures/{id}-0").json()
+        assert entry["url"] == picture["url"]
+        assert server.http.post(f"{prefix}/v1/images/generations", json={}).json()["error"]["type"]
+        assert server.http.get(f"{prefix}/openapi.json").json()["servers"] == [{"url": "/art"}]
+        large = {"image": "A" * (2 << 20)}
+        assert server.http.post(f"{prefix}/sdapi/v1/png-info", json=large).status_code == 422
+        assert server.http.post(f"{prefix}/jobs", json=large).status_code == 413
+    assert server.http.get("/art").headers["location"] == "/art/"
+    assert 'src="static/' in server.http.get("/art/").text
+    for strange in ("/artful/livez", "/art/art/livez", "//livez", "/art//livez"):
+        assert server.http.get(strange).status_code == 404
 
 
 HOSTS = ["localhost", "127.0.0.1", "[::1]"]

@@ -76,6 +76,19 @@ def test_a_job_from_words_to_pictures(shared: Server, model_file: Path, tmp_path
     assert list(events_of(shared, job["id"])) == [("done", done)]
 
 
+def test_words_that_do_not_fit_are_told_in_every_dialect(shared: Server) -> None:
+    long = "a red apple in the rain " * 9
+    job = shared.ended(shared.submit(long, steps=1, n=2)["id"])
+    (told,) = job["warnings"]
+    assert re.fullmatch(r"prompt: too long for this model: its last \d+ tokens are left out", told)
+    assert shared.http.get(f"/pictures/{job['id']}-1").json()["warnings"] == [told]
+    assert shared.ended(shared.submit("a", steps=1)["id"])["warnings"] == []
+    openai = shared.http.post("/v1/images/generations", json={"prompt": long, "steps": 1}).json()
+    assert openai["warnings"] == [told]
+    a1111 = shared.http.post("/sdapi/v1/txt2img", json={"prompt": long, "steps": 1}).json()
+    assert json.loads(a1111["info"])["warnings"] == [told]
+
+
 def test_the_documents_first_five_minutes(
     shared: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

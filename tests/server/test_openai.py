@@ -64,32 +64,67 @@ def test_models(client: openai.OpenAI, shared: Server) -> None:
     assert client.models.retrieve(model.id).id == model.id
     assert client.images.generate(prompt="a", model=model.id, extra_body={"steps": 1}).data
     assert client.images.generate(prompt="a", model="gpt-image-1", extra_body={"steps": 1}).data
-    with pytest.raises(openai.UnprocessableEntityError, match="no model 'other'"):
+    with pytest.raises(openai.NotFoundError, match="no model 'other'") as caught:
         client.images.generate(prompt="a", model="other")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "message", "param", "code"),
     [
-        ({"n": 0}, "n must be"),
-        ({"size": "17x16"}, "does not fit"),
-        ({"size": "large"}, "size must be"),
-        ({"background": "transparent"}, "background can only be"),
-        ({"partial_images": 9}, "partial_images must be"),
-        ({"response_format": "url", "output_format": "jpeg"}, "at a URL are PNG"),
-        ({"extra_body": {"stepz": 3}}, "unknown setting 'stepz'"),
-        ({"extra_body": {"steps": "3"}}, "steps must be a whole number"),
+        ({"n": 0}, "n must be", "n", "invalid_value"),
+        ({"size": "17x16"}, "does not fit", "size", "invalid_value"),
+        ({"extra_body": {"width": 17}}, "does not fit", "width", "invalid_value"),
+        ({"size": "large"}, "size must be", "size", "invalid_value"),
+        ({"background": "transparent"}, "background can only be", "background", "invalid_value"),
+        ({"partial_images": 9}, "partial_images must be", "partial_images", "invalid_value"),
+        ({"response_format": "url", "output_format": "jpeg"}, "URL are PNG", "output_format", "invalid_value"),
+        ({"extra_body": {"stepz": 3}}, "unknown setting 'stepz'", "stepz", "unknown_parameter"),
+        ({"extra_body": {"steps": "3"}}, "steps must be a whole number", "steps", "invalid_value"),
+        ({"extra_body": {"sampler": "x"}}, "unknown sampler", "sampler", "invalid_value"),
+        ({"extra_body": {"prompt": None}}, "prompt is missing", "prompt", "missing_required_parameter"),
     ],
 )
 def test_what_cannot_be_served_is_an_error_in_their_form(
-    client: openai.OpenAI, settings: dict[str, Any], message: str
+    client: openai.OpenAI, settings: dict[str, Any], message: str, param: str, code: str
 ) -> None:
-    with pytest.raises(openai.UnprocessableEntityError, match=message) as caught:
-        client.images.generate(prompt="a", **settings)
-    assert caught.value.type == "invalid_request_error"
-    assert caught.value.code == "bad_request"
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        client.images.generate(**{"prompt": "a"} | settings)
+    error = caught.value
+    assert (error.type, error.param, error.code) == ("invalid_request_error", param, code)
+    assert error.body == {"message": error.body["message"], "type": error.type, "param": param, "code": code}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"n": 33}, "n"), ({"n": 10**6}, "n"), ({"extra_body": {"steps": 201}}, "steps"),
+        ({"size": "4096x4096"}, "size"),
+        ({"n": 32, "size": "256x256", "extra_body": {"steps": 200, "hires": 8}}, "size"),
+    ],
+)  # fmt: skip
+def test_what_is_right_and_only_too_much_has_a_status_of_its_own(
+    client: openai.OpenAI, settings: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match=r"at most|to 100|is too large") as caught:
+        client.images.generate(**{"prompt": "a"} | settings)
+    assert (caught.value.type, caught.value.param) == ("invalid_request_error", param)
+
+
+def test_other_errors_in_their_form(shared: Server) -> None:
+    def told(answer: httpx.Response) -> tuple[Any, ...]:
+        error = answer.json()["error"]
+        return answer.status_code, error["type"], error["param"], error["code"]
+
+    at = f"{shared.url}/v1/images/generations"
+    assert told(httpx.post(at, content=b"{", headers={"content-type": "application/json"})) == (
+        400, "invalid_request_error", None, None,
+    )  # fmt: skip
+    assert told(httpx.post(at, json=[1])) == (400, "invalid_request_error", None, None)
+    assert told(httpx.post(at, content=b"a=1", headers={"content-type": "text/plain"}))[0] == 415
+    assert told(httpx.get(f"{shared.url}/v1/nothing")) == (404, "invalid_request_error", None, "not_found")
 
 
 def file_of(image: Image.Image) -> io.BytesIO:
@@ -111,12 +146,17 @@ def test_edits_repaint_what_the_mask_leaves_open(client: openai.OpenAI) -> None:
     after, old = np.asarray(decoded(answer.data[0])), np.asarray(before)
     assert np.array_equal(after[:, :8], old[:, :8])
     assert not np.array_equal(after[:, 8:], old[:, 8:])
-    with pytest.raises(openai.UnprocessableEntityError, match="transparent where"):
+    with pytest.raises(openai.BadRequestError, match="transparent where"):
         client.images.edit(image=("a.png", file_of(before)), mask=("m.png", file_of(before)), prompt="a")
-    with pytest.raises(openai.UnprocessableEntityError, match="given more than once"):
+    small = Image.new("RGBA", (8, 8))
+    with pytest.raises(openai.BadRequestError, match="mask is 8x8, but the picture 16x16") as caught:
+        client.images.edit(image=("a.png", file_of(before)), mask=("m.png", file_of(small)), prompt="a")
+    assert caught.value.param == "mask"
+    with pytest.raises(openai.BadRequestError, match="given more than once"):
         client.images.edit(image=[("a.png", file_of(before)), ("b.png", file_of(before))], prompt="a")
-    with pytest.raises(openai.UnprocessableEntityError, match="not a whole PNG"):
+    with pytest.raises(openai.BadRequestError, match="not a whole PNG") as caught:
         client.images.edit(image=("a.png", io.BytesIO(b"GIF89a")), prompt="a")
+    assert caught.value.param == "image"
 
 
 def test_variations_are_of_the_picture(client: openai.OpenAI, shared: Server) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from serving import Serve
 
-from sfumato.server.errors import ApiError
+from sfumato.errors import BadRequest, TooLarge
 from sfumato.server.sizes import drawn, finished
 from sfumato.server.wire import DefaultSettings, ModelFacts
 
@@ -63,9 +63,9 @@ def test_what_is_asked_for_is_kept() -> None:
     ],
 )
 def test_what_cannot_be_reached_names_what_can(asked: dict[str, Any], message: str) -> None:
-    with pytest.raises(ApiError, match=message) as caught:
+    with pytest.raises(BadRequest, match=message) as caught:
         drawn(FACTS, asked)
-    assert caught.value.status == 422
+    assert isinstance(caught.value, TooLarge) == ("too large" in message)
 
 
 def test_both_dialects_send_the_size_they_were_asked_for(serve: Serve) -> None:
@@ -75,9 +75,9 @@ def test_both_dialects_send_the_size_they_were_asked_for(serve: Serve) -> None:
         assert answer.data is not None
         assert Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json or ""))).size == (64, 32)
         assert answer.size == "64x32"
-        with pytest.raises(openai.UnprocessableEntityError, match="the nearest is"):
+        with pytest.raises(openai.BadRequestError, match="the nearest is"):
             client.images.generate(prompt="a", size="51x51")  # type: ignore[arg-type]
-        with pytest.raises(openai.UnprocessableEntityError, match="not both"):
+        with pytest.raises(openai.BadRequestError, match="not both"):
             client.images.generate(prompt="a", size="64x64", extra_body={"width": 16})  # type: ignore[arg-type]
     body = {"prompt": "a", "steps": 1, "width": 64, "height": 64, "batch_size": 1}
     said = server.http.post("/sdapi/v1/txt2img", json=body).json()

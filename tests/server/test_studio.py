@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import pytest
 from PIL import Image, PngImagePlugin
@@ -38,7 +38,7 @@ XSS = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>\'"><s
 
 @pytest.fixture(scope="module")
 def site(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server with the tiny model and an empty gallery."""
+    """The address of a server with the tiny model and an empty gallery, below a path as behind a proxy."""
     folder = tmp_path_factory.mktemp("studio")
     command = [
         sys.executable,
@@ -51,12 +51,14 @@ def site(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         str(folder),
         "--model",
         str(tiny_file),
+        "--public-url",
+        "http://127.0.0.1/art",
     ]
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ)
         assert server.stdout is not None
         try:
-            yield server.stdout.readline().split()[-1]
+            yield server.stdout.readline().split()[-1] + "/art"
         finally:
             server.terminate()
             server.wait(60)
@@ -86,7 +88,7 @@ def open_page(chromium: Browser, site: str) -> Iterator[Open]:
             complaints.append(f"{message.type}: {message.text}")
 
     def look(request: Any) -> None:
-        if urlsplit(request.url).scheme in ("http", "https") and not request.url.startswith(site):
+        if urlsplit(request.url).scheme in ("http", "https") and not request.url.startswith(f"{site}/"):
             complaints.append(f"asked {request.url}")
 
     def open_(path: str = "/", size: dict[str, int] = DESKTOP, scheme: str = "light", strict: bool = True) -> Page:
@@ -195,11 +197,12 @@ def test_sizes_are_those_of_the_picture_that_comes_out(open_page: Open, site: st
     assert [page.locator(f"#{side}").input_value() for side in ("width", "height")] == ["64", "64"]
     assert "64×64" in page.locator("#how").inner_text()
     with page.expect_request(lambda r: r.method == "POST" and r.url == f"{site}/jobs") as sent:
-        job = paint(page, "an enlarged apple", steps=1, n=1)
+        job = paint(page, "an enlarged apple, " * 8, steps=1, n=1)
     body = sent.value.post_data_json
     assert [body[name] for name in ("width", "height", "upscale")] == [16, 16, 4]
     (picture,) = ask(site, f"/jobs/{job}")["pictures"]
     assert ask(site, f"/pictures/{picture['id']}")["width"] == 64
+    page.locator("#after .warning", has_text="prompt: too long for this model").wait_for()
     page.get_by_role("button", name="Start from it").click()
     assert page.locator("#width").input_value() == "64"
     page.select_option("#upscale", "1")
@@ -368,7 +371,7 @@ def test_dropped_pictures_bring_their_requests(open_page: Open, site: str, tmp_p
     paint(page, "a red apple", seed=41, n=1, steps=3)
     own = tmp_path / "own.png"
     url = page.locator(".easel button.tile img").get_attribute("src")
-    own.write_bytes(urllib.request.urlopen(f"{site}{url}").read())
+    own.write_bytes(urllib.request.urlopen(urljoin(site, url)).read())
     page.fill("#prompt", "something else")
     drop(page, own)
     page.get_by_role("button", name="Use its settings").click()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sfumato.console import Parser, printable
 from sfumato.errors import BadRequest, NoResources, SfumatoError, nearest
@@ -45,31 +45,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a prompt's letters never stop a terminal that lacks them
             stream.reconfigure(errors="backslashreplace")
-    with _terminable():
+    with _stoppable() as received:
         try:
             code = _run(argv)
             sys.stdout.flush()
             return code
-        except SfumatoError as e:
-            if debug:
+        except BaseException as e:
+            if received:  # whatever became of it on its way here
+                return _fail(*STOPPED[received[0]])
+            if debug and isinstance(e, Exception) and not isinstance(e, BrokenPipeError):
                 raise
-            return _fail(str(e), e.exit_code)
-        except KeyboardInterrupt:
-            return _fail("interrupted", 130)
-        except _Terminated:
-            return _fail("terminated", 143)
-        except BrokenPipeError:  # the reader of our output has seen enough
-            _close_output()
-            return 0
-        except Exception as e:
-            if debug:
-                raise
-            if isinstance(e, MemoryError):
-                return _fail("out of memory", NoResources.exit_code)
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-                _close_output()
-                return _fail(str(e.strerror), NoResources.exit_code)
-            return _fail(f"unexpected {type(e).__name__}: {e} (--debug shows where)", 1)
+            return _told(e)
+
+
+def _told(error: BaseException) -> int:
+    """Say in one line what ended a command, and return the exit code."""
+    if isinstance(error, SfumatoError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
+        _close_output()
+        return 0
+    if isinstance(error, KeyboardInterrupt):
+        return _fail(*STOPPED[signal.SIGINT])
+    if isinstance(error, MemoryError):
+        return _fail("out of memory", NoResources.exit_code)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        _close_output()
+        return _fail(str(error.strerror), NoResources.exit_code)
+    if not isinstance(error, Exception):
+        raise error
+    return _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
 
 
 def _run(argv: list[str]) -> int:
@@ -117,23 +122,57 @@ def _take_flag(argv: list[str], flag: str) -> bool:
     return taken
 
 
+STOPPED = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
+AGAIN = 1.0  # seconds
+
+
+class _Interrupted(KeyboardInterrupt):
+    """SIGINT arrived. Of a plain one that left an ``exec`` Python dies at the end, though it was caught."""
+
+
 class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that temporary files and the terminal are cleaned up."""
+def _stoppable() -> Iterator[list[int]]:
+    """Turn SIGINT and SIGTERM into exceptions, so that temporary files and the terminal are cleaned up.
 
-    def stop(*_: object) -> NoReturn:
-        raise _Terminated
+    Yields the signals that arrived. An exception that lands in a callback, or in an import that tries something else
+    then, is lost: it is raised again until it gets through. A signal that the caller had ignored stays so.
+    """
+    received: list[int] = []
+    kinds: dict[int, type[BaseException]] = {signal.SIGINT: _Interrupted, signal.SIGTERM: _Terminated}
 
+    def stop(number: int, _: object) -> NoReturn:
+        received.append(number)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
+        raise kinds[number]
+
+    def again(*_: object) -> None:
+        error = sys.exception()
+        while error is not None:
+            if isinstance(error, (_Interrupted, _Terminated)):
+                return  # on its way: something is being cleaned up
+            error = error.__context__
+        raise kinds[received[0]]
+
+    handlers: dict[int, Any] = dict.fromkeys(kinds, stop)
+    if hasattr(signal, "setitimer"):
+        handlers[signal.SIGALRM] = again
+    before = {number: signal.getsignal(number) for number in handlers}
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        for number, handler in handlers.items():
+            if before[number] != signal.SIG_IGN:
+                signal.signal(number, handler)
     except ValueError:  # not in the main thread
-        yield
+        yield received
         return
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if received and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)

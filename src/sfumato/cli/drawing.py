@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.console import printable
@@ -17,17 +16,10 @@ if TYPE_CHECKING:
     from sfumato.pixels import Pixels
 
 
-def tell_changes(request: Request, pipe: Pipeline) -> None:
-    """Say on stderr what goes in otherwise than it was given: words that do not fit, a picture that is cut."""
-    from sfumato.pipeline.canvas import canvas_of
-
-    for name in ("prompt", "negative", "prompt_to"):
-        if cut := pipe.model.truncated(getattr(request, name) or ""):
-            sys.stderr.write(f"{name}: too long for this model: its last {cut} tokens are left out\n")
-    canvas = canvas_of(request, pipe.model)
-    if canvas is not None and canvas.told and request.init is not None:
-        name = Path(request.init.name).name or "init"
-        sys.stderr.write(printable(f"{name}: {', '.join(canvas.told)}") + "\n")
+def warn(request: Request, pipe: Pipeline) -> None:
+    """Say on stderr what goes in otherwise than it was given."""
+    for warning in pipe.warnings(request):
+        sys.stderr.write(printable(warning) + "\n")
 
 
 def draw(pipe: Pipeline, request: Request, *, film: bool = False) -> tuple[list[Picture], list[Pixels]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from sfumato.cli.drawing import draw, tell_changes
+from sfumato.cli.drawing import draw, warn
 from sfumato.cli.flags import add_model_flags, add_output_flags, add_request_flags, request_of, scale_of
 from sfumato.cli.loading import load_pipeline
 from sfumato.cli.output import Target, report
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     film = None if args.trajectory is None else Target.plan_file(args.trajectory, args.force, ".gif")
     pipe = load_pipeline(args)
     request = request.resolve(pipe.model)
-    tell_changes(request, pipe)
+    warn(request, pipe)
     pictures, frames = draw(pipe, request, film=film is not None)
     if args.grid:
         from sfumato.pipeline.picture import grid

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
             "request": p.request.to_dict(),
             "made_with": dict(p.made_with),
             **({"ingredients": {str(i): i.hash for i in p.ingredients}} if p.ingredients else {}),
+            **({"warnings": list(p.warnings)} if p.warnings else {}),
         }
     else:
         facts = _model_facts(path, args)

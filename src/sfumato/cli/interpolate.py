@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sfumato.cli.drawing import draw, tell_changes
+from sfumato.cli.drawing import draw, warn
 from sfumato.cli.flags import add_model_flags, add_output_flags, add_request_flags, request_of, scale_of
 from sfumato.cli.loading import load_pipeline
 from sfumato.cli.output import Target, report
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     film = None if args.film is None else Target.plan_file(args.film, args.force, ".gif")
     pipe = load_pipeline(args)
     request = request.resolve(pipe.model)
-    tell_changes(request, pipe)
+    warn(request, pipe)
     pictures, paths = [], []
     for i in range(frames):  # each is written when it is ready: an interrupted run loses none
         pictures += draw(pipe, replace(request, mix=i / (frames - 1)))[0]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 KEPT = 4  # a picture of up to so many times the model's own number of pixels, or that part of it, keeps its size
 
+BLACK = "the mask is all black: paint white what is to be repainted"
+
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
@@ -70,7 +72,21 @@ def upright(what: str, picture: PictureFile) -> Image.Image:
     """A request's picture as RGB; BadRequest for what is none, or so narrow that bringing it to a size would burst."""
     image = picture.image(what).convert("RGB")
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise BadRequest(f"{what} {picture.name}: {image.width}x{image.height} is too long and narrow: crop it")
+        raise BadRequest(f"{what} {picture.name}: {image.width}x{image.height} is too long and narrow: crop it", what)
+    return image
+
+
+def mask_of(mask: PictureFile, init: PictureFile, margins: bool) -> Image.Image:
+    """A mask as grey, white where to repaint.
+
+    Raises BadRequest for one that is not as large as its picture, or black where no margins are to be painted either.
+    """
+    image, size = mask.image("mask").convert("L"), init.image("init").size
+    if image.size != size:
+        what = f"the mask is {image.width}x{image.height}, but the picture {size[0]}x{size[1]}"
+        raise BadRequest(f"{what}: a mask is as large as its picture", "mask")
+    if not margins and image.getextrema() == (0, 0):
+        raise BadRequest(BLACK, "mask")
     return image
 
 
@@ -86,25 +102,22 @@ def canvas_of(request: Request, model: Model) -> Canvas | None:
     margins = left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
     size = width - left - right, height - top - bottom
     if min(size) < 1:
-        raise BadRequest(f"outpaint's margins leave no room for the picture: the whole is to be {width}x{height}")
+        raise BadRequest(
+            f"outpaint's margins leave no room for the picture: the whole is to be {width}x{height}", "outpaint"
+        )
     image = request.init.image("init")
     pixels = np.asarray(cover(image, size, model.multiple))
     mask: NDArray[np.float32] | None = None
     if request.mask is not None:
-        given = request.mask.image("mask").convert("L")
-        if given.size != image.size:
-            raise BadRequest(
-                f"the mask is {given.width}x{given.height}, but the picture {image.width}x{image.height}: "
-                f"a mask is as large as its picture"
-            )
+        given = mask_of(request.mask, request.init, any(margins))
         mask = np.asarray(cover(given, size, model.multiple), np.float32) / np.float32(255)
     if any(margins):
         around = ((top, bottom), (left, right))
         pixels = np.pad(pixels, (*around, (0, 0)), mode="edge")
         inner = np.zeros(size[::-1], np.float32) if mask is None else mask
         mask = np.pad(inner, around, constant_values=1.0)
-    if mask is not None and not mask.any():
-        raise BadRequest("the mask is all black: paint white what is to be repainted")
+    if mask is not None and not mask.any():  # its white was cut off with what sticks out
+        raise BadRequest(BLACK, "mask")
     told = list(request.init.told("init"))
     if image.size != size:
         cut = _only_cut(image.size, size, model.multiple)

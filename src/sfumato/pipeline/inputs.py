@@ -65,15 +65,15 @@ class PictureFile:
             file = io.BytesIO()
             value.save(file, "PNG")
             return cls.from_bytes(what, file.getvalue())
-        raise BadRequest(f"{what} must be a picture: bytes, base64 text, a Pillow image or a pathlib.Path")
+        raise BadRequest(f"{what} must be a picture: bytes, base64 text, a Pillow image or a pathlib.Path", what)
 
     @classmethod
     def from_bytes(cls, what: str, data: bytes, name: str = "") -> PictureFile:
         """Take the bytes of an encoded picture."""
         if not data:
-            raise BadRequest(f"{_called(what, name)} is empty")
+            raise BadRequest(f"{_called(what, name)} is empty", what)
         if len(data) > MAX_BYTES:
-            raise BadRequest(f"{_called(what, name)} is larger than {MAX_BYTES >> 20} MiB: save it smaller")
+            raise BadRequest(f"{_called(what, name)} is larger than {MAX_BYTES >> 20} MiB: save it smaller", what)
         return cls(hashlib.sha256(data).hexdigest(), name, data)
 
     @classmethod
@@ -83,13 +83,13 @@ class PictureFile:
         try:
             if not path.is_file():
                 kind = "a folder, not a picture" if path.is_dir() else "no such file"
-                raise BadRequest(f"{what} {path}: {kind}")
+                raise BadRequest(f"{what} {path}: {kind}", what)
             with open(path, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
         except BadRequest:  # which is a ValueError
             raise
         except (OSError, ValueError) as e:
-            raise BadRequest(f"{what} {path}: {getattr(e, 'strerror', None) or e}") from None
+            raise BadRequest(f"{what} {path}: {getattr(e, 'strerror', None) or e}", what) from None
         local = not path.is_absolute() and ".." not in path.parts
         return cls.from_bytes(what, data, path.as_posix() if local else path.name)
 
@@ -105,7 +105,8 @@ class PictureFile:
         if found.sha256 != self.sha256:
             raise BadRequest(
                 f"{_called(what, found.name)} is not the picture that was used: its SHA-256 is {found.sha256[:12]}…, "
-                f"that of {self.name or 'the one used'} was {self.sha256[:12]}…; it was changed, or is another"
+                f"that of {self.name or 'the one used'} was {self.sha256[:12]}…; it was changed, or is another",
+                what,
             )
         return replace(self, data=found.data)
 
@@ -123,7 +124,7 @@ class PictureFile:
         try:
             return self._image
         except PictureError as e:
-            raise BadRequest(f"{_called(what, self.name)}: {e}") from None
+            raise BadRequest(f"{_called(what, self.name)}: {e}", what) from None
 
     @cached_property
     def _image(self) -> tuple[Image.Image, tuple[str, ...]]:
@@ -139,29 +140,29 @@ def _from_record(what: str, record: Mapping[str, Any]) -> PictureFile:
     if not set(record) <= {"sha256", "name", "data"} or not (
         isinstance(name, str) and len(name) <= MAX_NAME and name.isprintable()
     ):
-        raise BadRequest(f"{what} must have sha256, name and data as text, and nothing else")
+        raise BadRequest(f"{what} must have sha256, name and data as text, and nothing else", what)
     if data is not None:
         found = PictureFile.from_bytes(what, _base64(what, data), name)
         return found if sha256 is None else PictureFile(str(sha256), name).with_data(what, found)
     if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise BadRequest(f"{what} must have its SHA-256 in 64 hexadecimal digits, or its data")
+        raise BadRequest(f"{what} must have its SHA-256 in 64 hexadecimal digits, or its data", what)
     return PictureFile(sha256, name)
 
 
 def _base64(what: str, text: Any) -> bytes:
     if not isinstance(text, str):
-        raise BadRequest(f"{what}'s data must be base64 text")
+        raise BadRequest(f"{what}'s data must be base64 text", what)
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
-            raise BadRequest(f"{what} must be a data URL in base64")
+            raise BadRequest(f"{what} must be a data URL in base64", what)
     if len(text) > MAX_BYTES * 4 // 3 + 4:
-        raise BadRequest(f"{what} is larger than {MAX_BYTES >> 20} MiB: save it smaller")
+        raise BadRequest(f"{what} is larger than {MAX_BYTES >> 20} MiB: save it smaller", what)
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise BadRequest(
-            f"{what} is text that is no base64; in Python, give bytes, a Pillow image or a pathlib.Path"
+            f"{what} is text that is no base64; in Python, give bytes, a Pillow image or a pathlib.Path", what
         ) from None
 
 

@@ -42,6 +42,7 @@ class Picture:
         model: name of the model that made it; ``model_hash`` is its file's SHA-256.
         made_with: versions and threads that the bits may depend on.
         ingredients: the files beside the model: LoRAs, learned words, an autoencoder, ControlNets.
+        warnings: what went in otherwise than it was given: words that did not fit, a picture that was cut.
     """
 
     pixels: Pixels
@@ -50,6 +51,7 @@ class Picture:
     model_hash: str
     made_with: Mapping[str, str | int] = field(default_factory=dict)
     ingredients: tuple[Ingredient, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def image(self) -> Image.Image:
@@ -73,6 +75,8 @@ class Picture:
         }
         if self.ingredients:
             record["ingredients"] = [i.to_dict() for i in self.ingredients]
+        if self.warnings:
+            record["warnings"] = list(self.warnings)
         info.add_text("sfumato", json.dumps(record))
         info.add_itxt("parameters", self.parameters())
         file = io.BytesIO()
@@ -188,14 +192,24 @@ def read(path: str | os.PathLike[str]) -> Stored:
             raise BadData("its record of the scale is damaged")
         request = Request.from_dict(record["request"])
         ingredients = tuple(Ingredient.from_dict(i) for i in record.get("ingredients", ()))
+        warnings = read_warnings(record)
         if pixels.shape[0] % scale or pixels.shape[1] % scale:
             raise BadData(f"its sides are no multiples of its scale {scale}")
     except SfumatoError as e:
         raise BadData(f"{path}: {e}") from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise BadData(f"{path}: its record is damaged") from e
-    picture = Picture(pixels[::scale, ::scale].copy(), request, model["name"], model["hash"], made_with, ingredients)
+    own = pixels[::scale, ::scale].copy()
+    picture = Picture(own, request, model["name"], model["hash"], made_with, ingredients, warnings)
     return Stored(picture, pixels, scale)
+
+
+def read_warnings(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The warnings of a stored record; raises BadData for what are none."""
+    warnings = record.get("warnings", [])
+    if not isinstance(warnings, list) or not all(isinstance(w, str) for w in warnings):
+        raise BadData("its record of warnings is damaged")
+    return tuple(warnings)
 
 
 def _flat(made_with: Any) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,14 @@ class Pipeline:
         """Count the steps that a run of this request yields."""
         return sum(len(path) - 1 for path in self.paths(request))
 
+    def warnings(self, request: Request) -> tuple[str, ...]:
+        """Tell what goes in otherwise than it is given: words that do not fit, a picture that is cut.
+
+        Raises BadRequest for a request that cannot be served.
+        """
+        request = request.resolve(self.model)
+        return self._warnings(request, canvas_of(request, self.model))
+
     def start(self, request: Request) -> Tensor:
         """Return x at the first level of a request's path, float32 (n, C, h, w): noise, or a picture under noise."""
         request = request.resolve(self.model)
@@ -195,10 +204,10 @@ class Pipeline:
             x = q_sample(known, fresh(known), paths[1][0])
             x = yield from _walk(request, self._denoiser(request, words, size, NOTHING), x, paths[1], fresh)
             pixels = self.pixels(x)
-        name, made_with = public_name(self.model), self._made_with()
+        name, made_with, warnings = public_name(self.model), self._made_with(), self._warnings(request, canvas)
         for j in self._chosen(request, pixels):
-            picture = pixels[j] if request.upscale == 1 else self._upscale(pixels[j])
-            yield Picture(picture, request.draw(j), name, self.model.hash, made_with, self.model.ingredients)
+            picture, one = pixels[j] if request.upscale == 1 else self._upscale(pixels[j]), request.draw(j)
+            yield Picture(picture, one, name, self.model.hash, made_with, self.model.ingredients, warnings)
 
     def _chosen(self, request: Request, pixels: Sequence[Pixels]) -> Sequence[int]:
         """Of each ``best_of`` drawn pictures, the index of the one that fits the prompt best."""
@@ -375,6 +384,13 @@ class Pipeline:
     def _shape(self, request: Request) -> tuple[int, int, int]:
         width, height = request.size
         return self.model.channels, height // self.model.factor, width // self.model.factor
+
+    def _warnings(self, request: Request, canvas: Canvas | None) -> tuple[str, ...]:
+        cut = {name: self.model.truncated(getattr(request, name) or "") for name in ("prompt", "negative", "prompt_to")}
+        told = [f"{k}: too long for this model: its last {n} tokens are left out" for k, n in cut.items() if n]
+        if canvas is not None and canvas.told and request.init is not None:
+            told.append(f"{PurePath(request.init.name).name or 'init'}: {', '.join(canvas.told)}")
+        return tuple(told)
 
     def _made_with(self) -> dict[str, str | int]:
         return {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import BadRequest, nearest
+from sfumato.errors import BadRequest, TooLarge, nearest
 from sfumato.pipeline.inputs import PictureFile
 
 if TYPE_CHECKING:
@@ -124,9 +124,9 @@ class Request:
         names = [f.name for f in fields(cls)]
         for name in settings:
             if name not in names:
-                raise BadRequest(f"unknown setting {_show(name)}{nearest(str(name), names)}")
+                raise BadRequest(f"unknown setting {_show(name)}{nearest(str(name), names)}", str(name))
         if "prompt" not in settings:
-            raise BadRequest("prompt is missing")
+            raise BadRequest("prompt is missing", "prompt")
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
         }
@@ -154,11 +154,13 @@ class Request:
         interval = self.guidance_interval
         if interval is not None:
             if not isinstance(interval, tuple) or len(interval) != 2:
-                raise BadRequest(f"guidance_interval must be two numbers, low and high, not {_show(interval)}")
+                raise BadRequest(
+                    f"guidance_interval must be two numbers, low and high, not {_show(interval)}", "guidance_interval"
+                )
             low = _real("the lower end of guidance_interval", interval[0], 0.0, MAX_RATIO)
             high = _real("the upper end of guidance_interval", interval[1], 0.0, MAX_RATIO)
             if not low < high:
-                raise BadRequest(f"guidance_interval must rise, not {low:g},{high:g}")
+                raise BadRequest(f"guidance_interval must rise, not {low:g},{high:g}", "guidance_interval")
             interval = (low, high)
         n = _whole("n", self.n, 1, MAX_PICTURES)
         best_of = _whole("best_of", self.best_of, 1, MAX_PICTURES // n)
@@ -199,11 +201,12 @@ class Request:
         )
         for name, needed in NEEDS.items():
             if getattr(request, name) is not None and not getattr(request, needed):
-                raise BadRequest(f"{name} has no effect without {needed}: give both, or leave it out")
+                raise BadRequest(f"{name} has no effect without {needed}: give both, or leave it out", name)
         if request.best_of > 1 and request.prompt_to is not None:
-            raise BadRequest("best_of looks for the prompt alone: leave out prompt_to, or best_of")
+            raise BadRequest("best_of looks for the prompt alone: leave out prompt_to, or best_of", "best_of")
         if request.hires is not None and (request.mask is not None or request.outpaint is not None):
-            raise BadRequest("hires goes with no mask and no margins: paint first, then enlarge the result by init")
+            what = "hires goes with no mask and no margins: paint first, then enlarge the result by init"
+            raise BadRequest(what, "hires")
         return request
 
     def resolve(self, model: Model) -> Request:
@@ -219,11 +222,14 @@ class Request:
             if getattr(asked, name) is not None and not model.takes_pictures:
                 raise BadRequest(
                     f"{name} cannot be used: model {model.name!r} has no encoder that would turn a picture into "
-                    f"what it works on"
+                    f"what it works on",
+                    name,
                 )
         if asked.init is not None:
-            from sfumato.pipeline.canvas import size_for
+            from sfumato.pipeline.canvas import mask_of, size_for
 
+            if asked.mask is not None:
+                mask_of(asked.mask, asked.init, asked.outpaint is not None)
             size = size_for(asked.init, asked.outpaint or (0, 0, 0, 0), model)
             if strength is None:
                 strength = STRENGTH if asked.mask is None and asked.outpaint is None else 1.0
@@ -302,15 +308,17 @@ def _check_size(width: int, height: int, model: Model) -> None:
     unit = model.multiple
     if width * height > model.max_pixels:
         side = int((model.max_pixels**0.5) // unit) * unit
-        raise BadRequest(
+        raise TooLarge(
             f"size {width}x{height} is too large: model {model.name!r} makes at most {model.max_pixels} pixels, "
-            f"such as {side}x{side}"
+            f"such as {side}x{side}",
+            "width",
         )
     if width % unit or height % unit:
         fit = [max(1, round(side / unit)) * unit for side in (width, height)]
         raise BadRequest(
             f"size {width}x{height} does not fit: model {model.name!r} needs sides that are multiples of {unit}; "
-            f"the nearest is {fit[0]}x{fit[1]}"
+            f"the nearest is {fit[0]}x{fit[1]}",
+            "width" if width % unit else "height",
         )
 
 
@@ -322,31 +330,31 @@ def _check_effect(request: Request, model: Model) -> None:
         for name in ("negative", "guidance_rescale", "guidance_interval"):
             if getattr(request, name):
                 where = f"with model {model.name!r}" if model.distilled else "at guidance 1"
-                raise BadRequest(f"{name} has no effect {where}: leave it out")
+                raise BadRequest(f"{name} has no effect {where}: leave it out", name)
     if request.best_of > 1 and not model.has_critic:
-        raise BadRequest(
-            f"best_of cannot be used: model {model.name!r} was loaded without a CLIP to choose by (--critic FILE)"
-        )
+        what = f"best_of cannot be used: model {model.name!r} was loaded without a CLIP to choose by (--critic FILE)"
+        raise BadRequest(what, "best_of")
     for name, (_, needed) in GUIDES.items():
         if getattr(request, name) is not None and name not in model.guides:
-            raise BadRequest(f"{name} has no effect: model {model.name!r} was loaded without {needed}")
+            raise BadRequest(f"{name} has no effect: model {model.name!r} was loaded without {needed}", name)
     if request.eta is not None and "eta" not in find_sampler(str(request.sampler)).settings:
-        raise BadRequest(f"sampler {request.sampler!r} takes no eta; ddim does")
+        raise BadRequest(f"sampler {request.sampler!r} takes no eta; ddim does", "eta")
 
 
 def _sampler(name: Any) -> str:
     from sfumato.diffusion import find_sampler
 
-    found = find_sampler(_name("sampler", name)).name
+    found = _known("sampler", name, find_sampler)
     if found == "ddim-inversion":
-        raise BadRequest("sampler 'ddim-inversion' goes from a picture to noise and makes no picture from words")
+        what = "sampler 'ddim-inversion' goes from a picture to noise and makes no picture from words"
+        raise BadRequest(what, "sampler")
     return found
 
 
 def _spacing(name: Any) -> str:
     from sfumato.diffusion import find_spacing
 
-    return find_spacing(_name("spacing", name)).name
+    return _known("spacing", name, find_spacing)
 
 
 def _given(value: Any, check: Callable[[Any], Any]) -> Any:
@@ -355,63 +363,68 @@ def _given(value: Any, check: Callable[[Any], Any]) -> Any:
 
 def _margins(value: Any) -> tuple[int, int, int, int]:
     if not isinstance(value, tuple) or len(value) != 4:
-        raise BadRequest(f"outpaint must be four numbers, left, top, right, bottom, not {_show(value)}")
+        raise BadRequest(f"outpaint must be four numbers, left, top, right, bottom, not {_show(value)}", "outpaint")
     left, top, right, bottom = (_whole("a margin of outpaint", m, 0, MAX_MARGIN) for m in value)
     if not left + top + right + bottom:
-        raise BadRequest("outpaint has no margin above 0: leave it out")
+        raise BadRequest("outpaint has no margin above 0: leave it out", "outpaint")
     return left, top, right, bottom
 
 
 def _enlargement(value: Any) -> float:
     factor = _real("hires", value, 1.0, MAX_HIRES)
     if factor == 1:
-        raise BadRequest("hires must be above 1: it says how many times to enlarge the picture")
+        raise BadRequest("hires must be above 1: it says how many times to enlarge the picture", "hires")
     return factor
 
 
 def _upscale(value: Any) -> int:
     factor = _whole("upscale", value, 1, max(UPSCALES))
     if factor not in UPSCALES:
-        raise BadRequest(f"upscale is {' or '.join(map(str, UPSCALES))}, not {factor}")
+        raise BadRequest(f"upscale is {' or '.join(map(str, UPSCALES))}, not {factor}", "upscale")
     return factor
 
 
 def _share(what: str, value: Any) -> float:
     share = _real(what, value, 0.0, 1.0)
     if share == 0:
-        raise BadRequest(f"{what} must be above 0: at 0 nothing of the picture would be made anew")
+        raise BadRequest(f"{what} must be above 0: at 0 nothing of the picture would be made anew", what)
     return share
 
 
-def _name(what: str, value: Any) -> str:
+def _known(what: str, value: Any, find: Callable[[str], Any]) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 100:
-        raise BadRequest(f"{what} must be a name, not {_show(value)}; see `sfumato samplers`")
-    return value
+        raise BadRequest(f"{what} must be a name, not {_show(value)}; see `sfumato samplers`", what)
+    try:
+        return find(value).name
+    except BadRequest as e:
+        raise BadRequest(str(e), what) from None
 
 
 def _whole(what: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-        raise BadRequest(f"{what} must be a whole number from {low} to {high}, not {_show(value)}")
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not low <= int(value) <= high:
+        kind = TooLarge if whole and int(value) > high else BadRequest
+        raise kind(f"{what} must be a whole number from {low} to {high}, not {_show(value)}", what.split()[-1])
     return int(value)
 
 
 def _real(what: str, value: Any, low: float, high: float) -> float:
     fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]
     if not fits:
-        raise BadRequest(f"{what} must be a number from {low:g} to {high:g}, not {_show(value)}")
+        raise BadRequest(f"{what} must be a number from {low:g} to {high:g}, not {_show(value)}", what.split()[-1])
     return float(value)
 
 
 def _text(what: str, value: Any, empty: bool = True) -> str:
     if not isinstance(value, str):
-        raise BadRequest(f"{what} must be text, not {_show(value)}")
+        raise BadRequest(f"{what} must be text, not {_show(value)}", what)
     if not empty and not value.strip():
-        raise BadRequest(f"{what} is empty: say what the picture should show")
+        raise BadRequest(f"{what} is empty: say what the picture should show", what)
     if len(value) > MAX_TEXT:
-        raise BadRequest(f"{what} has {len(value)} characters; at most {MAX_TEXT} are taken")
+        raise BadRequest(f"{what} has {len(value)} characters; at most {MAX_TEXT} are taken", what)
     for c in value:
         if (c < " " and c not in "\n\r\t") or c == "\x7f" or "\ud800" <= c <= "\udfff":
-            raise BadRequest(f"{what} holds a character that is no text: {c!a}")
+            raise BadRequest(f"{what} holds a character that is no text: {c!a}", what)
     return value
 
 

@@ -276,7 +276,7 @@ async def _result(context: Context, job: Job, echo: dict[str, Any], ignored: lis
         "width": width, "height": height, "sampler_name": r["sampler"], "cfg_scale": r["guidance"],
         "steps": r["steps"], "batch_size": r["n"], "restore_faces": False, "sd_model_name": job.model,
         "sd_model_hash": context.facts(job.model).hash[:10], "infotexts": texts, "ignored": ignored,
-        "interrupted": job.state == "cancelled", "job_id": job.id,
+        "warnings": job.warnings, "interrupted": job.state == "cancelled", "job_id": job.id,
     }  # fmt: skip
     return {"images": images if send else [], "parameters": echo, "info": json.dumps(info)}
 

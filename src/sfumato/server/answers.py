@@ -15,7 +15,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from sfumato.errors import BadData, BadRequest, NoResources, SfumatoError
+from sfumato.errors import BadData, BadRequest, NoResources, SfumatoError, TooLarge
 from sfumato.server.errors import ApiError, fail
 from sfumato.server.logs import logger, request_id
 from sfumato.server.queue import reason_of
@@ -94,7 +94,12 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, (BadRequest, BadData)):
-        return ApiError(422, " ".join(str(error).split()))
+        return ApiError(
+            422,
+            " ".join(str(error).split()),
+            setting=getattr(error, "setting", None),
+            too_large=isinstance(error, TooLarge),
+        )
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, "there is no such thing here" if error.status_code == 404 else error.detail)
     if isinstance(error, ClientDisconnect):
@@ -119,6 +124,22 @@ def _disk_is_full(error: Exception) -> bool:
     return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+OPENAI_CODES = {"bad_request": None, "unauthorized": "invalid_api_key", "busy": "rate_limit_exceeded"}
+
+
+def openai_error(e: ApiError) -> tuple[int, dict[str, Any]]:
+    """An error as OpenAI gives it: its status, and its body.
+
+    What is wrong about a request is a 400 with them; 422 remains for what is right and more than is served.
+    """
+    status = 400 if e.status == 422 and not e.too_large else e.status
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    code = OPENAI_CODES.get(e.code, e.code)
+    if code is None and e.setting is not None:
+        code = "invalid_value"
+    return status, {"error": {"message": e.message, "type": kind, "param": e.setting, "code": code}}
+
+
 def error_response(path: str, error: Exception) -> Response:
     """An error in the form of the dialect that a path belongs to."""
     e = as_api_error(error)
@@ -128,12 +149,10 @@ def error_response(path: str, error: Exception) -> Response:
     if e.status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="sfumato", charset="UTF-8"'
     if path.startswith("/v1/"):
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-            e.status, "invalid_request_error" if e.status < 500 else "server_error"
-        )
-        body: dict[str, Any] = {"error": {"message": e.message, "type": kind, "param": None, "code": e.code}}
-    elif path.startswith("/sdapi/"):
-        body = {"error": e.code, "detail": e.message, "body": "", "errors": e.message}
+        status, body = openai_error(e)
+        return JSONResponse(body, status, headers)
+    if path.startswith("/sdapi/"):
+        body: dict[str, Any] = {"error": e.code, "detail": e.message, "body": "", "errors": e.message}
     else:
         body = {"error": {"code": e.code, "message": e.message, "request_id": request_id.get()}}
     return JSONResponse(body, e.status, headers)

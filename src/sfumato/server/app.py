@@ -15,10 +15,10 @@ from sqlalchemy.exc import DatabaseError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from sfumato.errors import SfumatoError
+from sfumato.errors import BadRequest, SfumatoError
 from sfumato.server import reference, routes
 from sfumato.server.answers import error_response
 from sfumato.server.context import Context
@@ -43,7 +43,12 @@ def build_app(context: Context) -> Any:
 
     from sfumato import __version__
 
-    app = FastAPI(title="Sfumato", version=__version__, docs_url=None, redoc_url=None, lifespan=life)
+    prefix = context.settings.prefix
+    servers = [{"url": prefix}] if prefix else None
+    app = FastAPI(
+        title="Sfumato", version=__version__, docs_url=None, redoc_url=None, lifespan=life, servers=servers,
+        redirect_slashes=not prefix,  # they would leave it out
+    )  # fmt: skip
     metrics = Metrics(
         context.queue.counts,
         lambda: (sum(w.ready for w in context.supervisor.workers), sum(w.lives for w in context.supervisor.workers)),
@@ -73,6 +78,17 @@ def build_app(context: Context) -> Any:
         @app.get("/", include_in_schema=False)
         async def page() -> FileResponse:
             return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
+
+    if prefix:
+        taken = {"docs", "openapi.json", "static"} | {path.split("/")[1] for path in app.openapi()["paths"]}
+        if (first := prefix.split("/")[1]) in taken:
+            raise BadRequest(
+                f"--public-url: its path may not begin with /{first}, which is a route of the server's own"
+            )
+
+        @app.get(prefix, include_in_schema=False)
+        async def front() -> Response:
+            return RedirectResponse(f"{prefix}/")  # the page's addresses are below its own
 
     # Each by its kind: what is left to `Exception` is raised again after its answer.
     kinds = (ApiError, SfumatoError, DatabaseError, OSError, ClientDisconnect, HTTPException, RequestValidationError)

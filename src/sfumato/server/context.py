@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy.exc import DatabaseError
 
-from sfumato.errors import BadRequest, SfumatoError, nearest
+from sfumato.errors import BadRequest, SfumatoError, TooLarge, nearest
 from sfumato.pipeline.request import Request
 from sfumato.server.errors import code_of, fail
 from sfumato.server.gallery import Gallery, iso
@@ -146,11 +146,12 @@ class Context:
         """What is known of a model by the name that a client gave, or of the default; raises ApiError."""
         name = self.default_model if model is None else model
         if not isinstance(name, str):
-            fail(422, "model must be a name")
+            fail(422, "model must be a name", setting="model")
         if name not in self.sources:
             fail(
                 422,
                 f"no model {name[:60]!r}{nearest(name[:60], list(self.sources))}; there are {', '.join(self.sources)}",
+                setting="model",
             )
         if name not in self.models:
             fail(503, "the model is being loaded", retry_after=2)
@@ -177,20 +178,20 @@ class Context:
         return request.resolve(cast("Model", facts))  # which asks a model for no more than these facts
 
     def _check_limits(self, request: Request) -> int:
-        """The work that a request is, in steps; raises ApiError where it is more than is served."""
+        """The work that a request is, in steps; raises TooLarge where it is more than is served."""
         assert request.width is not None
         assert request.height is not None
         assert request.steps is not None
         limits = self.settings.limits
         pixels = round(request.width * request.height * max(1.0, request.hires or 1) ** 2)  # that the network draws
-        for name, value, most in (
-            ("width × height", pixels * (request.upscale or 1) ** 2, limits.pixels),
-            ("steps", request.steps, limits.steps),
-            ("n", request.n, limits.n),
-            ("width × height × steps × n × best_of", pixels * request.steps * request.drawn, limits.work),
+        for name, setting, value, most in (
+            ("width × height", "width", pixels * (request.upscale or 1) ** 2, limits.pixels),
+            ("steps", "steps", request.steps, limits.steps),
+            ("n", "n", request.n, limits.n),
+            ("width × height × steps × n × best_of", None, pixels * request.steps * request.drawn, limits.work),
         ):
             if value > most:
-                fail(422, f"{name} is {value}; this server takes at most {most}")
+                raise TooLarge(f"{name} is {value}; this server takes at most {most}", setting)
         return request.steps * request.drawn
 
     async def cancel(self, id: str) -> Job:
@@ -231,7 +232,12 @@ class Context:
             "created": iso(job.created),
             "started": iso(job.started),
             "finished": iso(job.finished),
-            "pictures": [{**p, "url": f"/pictures/{p['id']}.png"} for p in job.pictures],
+            "pictures": [
+                {k: v for k, v in p.items() if k != "warnings"}
+                | {"url": f"{self.settings.prefix}/pictures/{p['id']}.png"}
+                for p in job.pictures
+            ],
+            "warnings": job.warnings,
             "cancelling": job.cancelling,
             "error": job.error,
         }
@@ -460,7 +466,7 @@ class Context:
         self._tell(job.id, "step", self._progress[job.id])
 
     async def _save(self, worker: Worker, job: Job, message: dict[str, Any], blob: bytes) -> None:
-        picture = {"id": f"{job.id}-{message['index']}", **message["seeds"]}
+        picture = {"id": f"{job.id}-{message['index']}", **message["seeds"], "warnings": message["warnings"]}
         try:
             await asyncio.to_thread(self.gallery.save, picture["id"], blob)
         except SfumatoError as e:

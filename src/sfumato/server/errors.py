@@ -35,17 +35,30 @@ class ApiError(Exception):
 
     Args:
         retry_after: seconds after which it may be worth while to ask again.
+        setting: the name of the setting that is wrong, where it is one.
+        too_large: whether the request is right, and only more than is served.
     """
 
-    def __init__(self, status: int, message: str, code: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        retry_after: int | None = None,
+        setting: str | None = None,
+        too_large: bool = False,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.retry_after = status, message, retry_after
+        self.setting, self.too_large = setting, too_large
         self.code = code or CODES.get(status, "internal")
 
 
-def fail(status: int, message: str, code: str | None = None, retry_after: int | None = None) -> NoReturn:
+def fail(
+    status: int, message: str, code: str | None = None, retry_after: int | None = None, setting: str | None = None
+) -> NoReturn:
     """Raise an ApiError."""
-    raise ApiError(status, message, code, retry_after)
+    raise ApiError(status, message, code, retry_after, setting)
 
 
 def code_of(error: Exception) -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sfumato.errors import BadData, SfumatoError
 from sfumato.files import write_atomically
+from sfumato.pipeline.picture import read_warnings
 from sfumato.pipeline.request import Request
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -35,13 +36,14 @@ class Entry:
     request: dict[str, Any]
     model: dict[str, str]
     made_with: dict[str, Any]
+    warnings: list[str]
     words: str  # in which is searched
 
-    def to_json(self) -> dict[str, Any]:
-        """The picture as the API gives it."""
+    def to_json(self, prefix: str) -> dict[str, Any]:
+        """The picture as the API gives it, whose routes begin with a prefix."""
         return {
             "id": self.id,
-            "url": f"/pictures/{self.id}.png",
+            "url": f"{prefix}/pictures/{self.id}.png",
             "created": iso(self.modified / 1e9),
             "bytes": self.bytes,
             "width": self.width,
@@ -50,6 +52,7 @@ class Entry:
             "request": self.request,
             "model": self.model,
             "made_with": self.made_with,
+            "warnings": self.warnings,
         }
 
 
@@ -155,7 +158,7 @@ def _read_head(path: Path, stat: os.stat_result) -> Entry:
     words = " ".join(str(w) for w in (request.prompt, request.negative, request.sampler, request.seed, name)).lower()
     return Entry(
         path.stem, stat.st_size, stat.st_mtime_ns, width // scale, height // scale, scale, request.to_dict(),
-        {"name": name, "hash": hash}, dict(record.get("made_with", {})), words,
+        {"name": name, "hash": hash}, dict(record.get("made_with", {})), list(read_warnings(record)), words,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Settings, seen: Callable[[str, str, int, float], None]) -> None:
         self._app, self._settings, self._seen = app, settings, seen
         self._names = settings.names
-        self._origins = {url.lower() for url in (*settings.origins, settings.public_url) if url}
+        self._origins = {url.lower() for url in (*settings.origins, settings.public_origin) if url}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -61,6 +61,7 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
+        scope = _without(self._settings.prefix, scope)
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         id = given if ID.fullmatch(given) else secrets.token_hex(8)
@@ -157,6 +158,15 @@ class Guard:
         if announced.isdecimal() and len(announced) < 20 and int(announced) > limit:
             raise ApiError(413, f"the body has {announced} bytes; at most {limit} are taken")
         return limit
+
+
+def _without(prefix: str, scope: Scope) -> Scope:
+    """A request as if it came without the path that stands before every route; some proxies leave it out themselves."""
+    path, raw = scope["path"], scope.get("raw_path") or b""
+    if not prefix or not path.startswith(f"{prefix}/"):
+        return scope
+    raw = raw[len(prefix) :] if raw.startswith(prefix.encode() + b"/") else b""
+    return {**scope, "path": path[len(prefix) :], "raw_path": raw}
 
 
 def media_type(headers: Headers) -> str:

@@ -7,8 +7,8 @@ import base64
 import io
 import json
 import time
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,9 +17,10 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response
 
+from sfumato.errors import BadData, BadRequest
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.request import Request as PictureRequest
-from sfumato.server.answers import read_form, read_json
+from sfumato.server.answers import openai_error, read_form, read_json
 from sfumato.server.context import Context
 from sfumato.server.errors import ApiError, fail
 from sfumato.server.following import EventStream, outcome, succeeded
@@ -71,10 +72,13 @@ def routes(context: Context) -> APIRouter:
         given = _numbers(await read_form(request))
         image, mask = given.pop("image", None) or given.pop("image[]", None), given.pop("mask", None)
         if not isinstance(image, UploadFile) or not isinstance(mask, UploadFile | None):
-            fail(422, "image must be one picture as a file, and mask another or left out")
-        given["init"] = await asyncio.to_thread(context.uploads.keep, await image.read())
+            what = "image" if isinstance(mask, UploadFile | None) else "mask"
+            fail(400, "image must be one picture as a file, and mask another or left out", setting=what)
+        with _about("image"):
+            given["init"] = await asyncio.to_thread(context.uploads.keep, await image.read())
         if mask is not None:
-            given["mask"] = await asyncio.to_thread(_keep_mask, context, await mask.read())
+            with _about("mask"):
+                given["mask"] = await asyncio.to_thread(_keep_mask, context, await mask.read())
         return await answer(request, given, "image_edit")
 
     @router.post("/images/variations", summary="Pictures like a picture", openapi_extra=body_of(_form_body("image")))
@@ -82,10 +86,11 @@ def routes(context: Context) -> APIRouter:
         given = _numbers(await read_form(request))
         image = given.pop("image", None)
         if not isinstance(image, UploadFile):
-            fail(422, "image must be one picture as a file")
+            fail(400, "image must be one picture as a file", setting="image")
         data = await image.read()
         given = {**await asyncio.to_thread(_words_of, data), **given}
-        given["init"] = await asyncio.to_thread(context.uploads.keep, data)
+        with _about("image"):
+            given["init"] = await asyncio.to_thread(context.uploads.keep, data)
         return await answer(request, given, "image_edit")
 
     @router.get("/models", summary="Models")
@@ -95,25 +100,48 @@ def routes(context: Context) -> APIRouter:
     @router.get("/models/{id}", summary="A model")
     async def model(id: str) -> JSONResponse:
         if id not in context.sources:
-            fail(404, "there is no such model", "model_not_found")
+            fail(404, "there is no such model", "model_not_found", setting="model")
         return JSONResponse(_model(id, began))
 
     async def answer(request: Request, given: dict[str, Any], kind: str) -> Response:
-        form, settings, name = _read(context, given, kind)
         user = given.get("user")
         client = user if isinstance(user, str) and 0 < len(user) <= 100 and user.isprintable() else client_of(request)
-        job = await context.submit("openai", client, settings, name)
+        with _their_names(given):
+            form, settings, name = _read(context, given, kind)
+            job = await context.submit("openai", client, settings, name)
         if form.stream:
             return EventStream(_events(context, job, form))
         job = await outcome(context, request, job)
         base = context.settings.public_url or str(request.base_url)
         data = [await _item(context, p["id"], form, base) for p in job.pictures]
         size = _size(context, job)
+        told = {"warnings": job.warnings} if job.warnings else {}
         return JSONResponse(
-            {"created": int(job.created), "data": data, "size": size, "output_format": form.output_format}
+            {"created": int(job.created), "data": data, "size": size, "output_format": form.output_format, **told}
         )
 
     return router
+
+
+@contextmanager
+def _about(setting: str) -> Iterator[None]:
+    """Say of a picture that cannot be taken which one it is."""
+    try:
+        yield
+    except BadData as e:
+        fail(400, f"{setting}: {e}", "invalid_value", setting=setting)
+
+
+@contextmanager
+def _their_names(given: dict[str, Any]) -> Iterator[None]:
+    """Call settings by the names that the client gave them."""
+    names = {"init": "image"} | ({"width": "size", "height": "size"} if "size" in given else {})
+    try:
+        yield
+    except (ApiError, BadRequest) as e:
+        if e.setting in names:
+            e.setting = names[e.setting]
+        raise
 
 
 def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dict[str, Any], str | None]:
@@ -123,10 +151,13 @@ def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dic
     name = given.pop("model", None)
     if isinstance(name, str) and name.startswith(THEIR_MODELS):
         name = None
+    if isinstance(name, str) and name not in context.sources:
+        known = ", ".join(context.sources)
+        fail(404, f"no model {name[:60]!r}; there are {known}", "model_not_found", setting="model")
     facts = context.facts(name)
     for what, allowed in NO_EFFECT.items():
         if given.pop(what, allowed[0]) not in allowed:
-            fail(422, f"{what} can only be {' or '.join(allowed)} here")
+            fail(400, f"{what} can only be {' or '.join(allowed)} here", setting=what)
     form = Form(
         kind,
         _one_of("response_format", given.pop("response_format", None), ("url", "b64_json", None)),
@@ -137,19 +168,21 @@ def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dic
         _one_of("quality", given.pop("quality", "auto"), tuple(QUALITY)),
     )
     if form.response_format == "url" and form.output_format != "png":
-        fail(422, "pictures at a URL are PNG files; ask for response_format b64_json")
+        fail(400, "pictures at a URL are PNG files; ask for response_format b64_json", setting="output_format")
     size = given.pop("size", "auto")
     if size != "auto":
         width, x, height = str(size).partition("x")
         if not (x and width.isdecimal() and height.isdecimal() and len(str(size)) < 20):
-            fail(422, 'size must be "WxH" in pixels, or "auto"')
+            fail(400, 'size must be "WxH" in pixels, or "auto"', setting="size")
         if "width" in given or "height" in given:
-            fail(422, "give size, or the width and height that the network draws, not both")
+            fail(400, "give size, or the width and height that the network draws, not both", setting="size")
         given = drawn(facts, {**given, "width": int(width), "height": int(height)})
     if "steps" not in given and QUALITY[form.quality] != 1:
         given["steps"] = max(1, round(facts.defaults.steps * QUALITY[form.quality]))
     if unknown := [k for k in given if k not in OURS]:
-        fail(422, f"unknown setting {unknown[0][:60]!r}")
+        fail(400, f"unknown setting {unknown[0][:60]!r}", "unknown_parameter", setting=unknown[0][:60])
+    if "prompt" not in given:
+        fail(400, "prompt is missing", "missing_required_parameter", setting="prompt")
     return form, given, name
 
 
@@ -173,6 +206,7 @@ async def _events(context: Context, job: Job, form: Form) -> AsyncGenerator[str,
         ended = await context.db(context.queue.find, job.id)
         assert ended is not None
         try:
+            about |= {"warnings": ended.warnings} if ended.warnings else {}
             for picture in succeeded(ended).pictures:
                 item = await _item(context, picture["id"], form, "")
                 usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
@@ -180,8 +214,7 @@ async def _events(context: Context, job: Job, form: Form) -> AsyncGenerator[str,
                 about |= {"b64_json": item["b64_json"], "usage": {**usage, **details}}
                 yield _event(f"{form.kind}.completed", about)
         except ApiError as e:
-            error = {"message": e.message, "type": "server_error", "param": None, "code": e.code}
-            yield f"event: error\ndata: {json.dumps({'error': error})}\n\n"
+            yield f"event: error\ndata: {json.dumps(openai_error(e)[1])}\n\n"
     finally:
         await following.aclose()
         with suppress(ApiError):  # it had ended
@@ -224,7 +257,7 @@ def _keep_mask(context: Context, data: bytes) -> Any:
     """OpenAI's mask is transparent where to repaint; ours is white there."""
     image = open_picture(data)
     if image.mode != "RGBA":
-        fail(422, "the mask must be transparent where the picture is to be redrawn")
+        fail(400, "the mask must be transparent where the picture is to be redrawn", setting="mask")
     file = io.BytesIO()
     image.getchannel("A").point([255 - a for a in range(256)]).convert("RGB").save(file, "PNG")
     return context.uploads.keep(file.getvalue())
@@ -254,13 +287,13 @@ def _numbers(form: dict[str, Any]) -> dict[str, Any]:
 
 def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-        fail(422, f"{what} must be one of {', '.join(str(a).lower() for a in allowed if a is not None)}")
+        fail(400, f"{what} must be one of {', '.join(str(a).lower() for a in allowed if a is not None)}", setting=what)
     return value
 
 
 def _whole(what: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        fail(422, f"{what} must be a whole number from {low} to {high}")
+        fail(400, f"{what} must be a whole number from {low} to {high}", setting=what)
     return value
 
 

@@ -96,6 +96,11 @@ class Job:
     pictures: list[dict[str, Any]]
 
     @property
+    def warnings(self) -> list[str]:
+        """What went into its pictures otherwise than it was given, each thing once."""
+        return list(dict.fromkeys(w for p in self.pictures for w in p.get("warnings", ())))
+
+    @property
     def ended(self) -> bool:
         """Whether nothing will happen to it any more."""
         return self.state in ENDED

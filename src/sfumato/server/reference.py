@@ -34,9 +34,9 @@ def page(app: FastAPI) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="/static/icon.svg" type="image/svg+xml">'
-        f'<link rel="stylesheet" href="/docs/style.css"></head><body><main><h1>{title}</h1>'
-        '<p>The same as data: <a href="/openapi.json">openapi.json</a>.</p>'
+        '<link rel="icon" href="static/icon.svg" type="image/svg+xml">'
+        f'<link rel="stylesheet" href="docs/style.css"></head><body><main><h1>{title}</h1>'
+        '<p>The same as data: <a href="openapi.json">openapi.json</a>.</p>'
         f"{body}</main></body></html>"
     )
 

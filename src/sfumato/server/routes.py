@@ -34,7 +34,7 @@ def client_of(request: Request) -> str:
 
 def routes(context: Context) -> APIRouter:
     """The routes of our own dialect."""
-    router = APIRouter()
+    router, prefix = APIRouter(), context.settings.prefix
 
     # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -44,7 +44,7 @@ def routes(context: Context) -> APIRouter:
         model = settings.pop("model", None)
         settings = {k: v for k, v in settings.items() if v is not None}
         job = await context.submit("jobs", client_of(request), settings, model)
-        return JSONResponse(await context.describe(job), 202, {"Location": f"/jobs/{job.id}"})
+        return JSONResponse(await context.describe(job), 202, {"Location": f"{prefix}/jobs/{job.id}"})
 
     @router.get("/jobs", summary="Jobs, the newest first", tags=["jobs"])
     async def list_jobs(state: str | None = None, limit: int = 50, before: str | None = None) -> JSONResponse:
@@ -87,7 +87,7 @@ def routes(context: Context) -> APIRouter:
         _check_page(limit)
         found, total = await asyncio.to_thread(context.gallery.search, q[:1000], model, limit + 1, before)
         more = found[limit - 1].id if len(found) > limit else None
-        return JSONResponse({"pictures": [e.to_json() for e in found[:limit]], "total": total, "next": more})
+        return JSONResponse({"pictures": [e.to_json(prefix) for e in found[:limit]], "total": total, "next": more})
 
     @router.get("/pictures/{id}.png", summary="A picture's file", tags=["pictures"])
     async def picture_file(id: str, scale: int | None = None) -> Response:
@@ -103,7 +103,7 @@ def routes(context: Context) -> APIRouter:
     @router.get("/pictures/{id}", summary="What is known of a picture", tags=["pictures"])
     async def picture(id: str) -> JSONResponse:
         entry = await asyncio.to_thread(context.gallery.get, id)
-        return JSONResponse((entry or fail(404, "there is no such picture")).to_json())
+        return JSONResponse((entry or fail(404, "there is no such picture")).to_json(prefix))
 
     @router.delete("/pictures/{id}", status_code=204, summary="Delete a picture", tags=["pictures"])
     async def delete_picture(id: str) -> Response:

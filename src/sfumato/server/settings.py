@@ -18,6 +18,7 @@ JSON_PICTURE_BYTES = 44 << 20  # an upload in base64, and its request
 HEADER_BYTES = 16 << 10
 NESTING = 32
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
+PUBLIC = re.compile(ORIGIN.pattern + r"(/[A-Za-z0-9._~-]+)*/?")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Settings:
         host, port: where to listen; port 0 takes any free one.
         hosts: further names under which the server may be addressed.
         origins: pages of other servers, as ``https://host``, whose scripts may use the API.
-        public_url: where clients find the server behind a proxy, for URLs in answers; its name is one of ``hosts`` too.
+        public_url: where clients find the server behind a proxy, for URLs in answers; its name is one of ``hosts`` too,
+            and its path stands before every route, whether the proxy passes it on or not.
         database: SQLAlchemy's URL of the queue; None: SQLite in the folder.
         batch: pictures of all jobs that share a call of the network; 1 makes them bitwise what they are alone.
         workers: worker processes; ``threads`` each, 0: the cores shared evenly.
@@ -84,10 +86,12 @@ class Settings:
             raise BadRequest(
                 f"{self.host} can be reached by other machines: set a token, by SFUMATO_TOKEN or --token-file"
             )
-        for what, urls in (("--allow-origin", self.origins), ("--public-url", (self.public_url,))):
-            for url in urls:
-                if url is not None and not ORIGIN.fullmatch(url):
-                    raise BadRequest(f"{what} must be an address such as https://pictures.example.org, not {url!r}")
+        for url in self.origins:
+            if not ORIGIN.fullmatch(url):
+                raise BadRequest(f"--allow-origin must be an address such as https://pictures.example.org, not {url!r}")
+        url = self.public_url
+        if url is not None and (not PUBLIC.fullmatch(url) or {".", ".."} & set(urlsplit(url).path.split("/"))):
+            raise BadRequest(f"--public-url must be an address such as https://example.org/pictures, not {url!r}")
         for name, low, high in (("batch", 1, 256), ("workers", 1, 64), ("threads", 0, 1024), ("port", 0, 65535)):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -102,6 +106,16 @@ class Settings:
         public = None if self.public_url is None else urlsplit(self.public_url).hostname
         names = ("localhost", "127.0.0.1", "::1", self.host, *self.hosts, *([public] if public else ()))
         return {name.lower() for name in names}
+
+    @property
+    def prefix(self) -> str:
+        """The path before every route, as clients see them: "" or "/…", without an end slash."""
+        return "" if self.public_url is None else urlsplit(self.public_url).path.rstrip("/")
+
+    @property
+    def public_origin(self) -> str | None:
+        """``public_url`` without its path."""
+        return None if self.public_url is None else "/".join(self.public_url.split("/")[:3])
 
     @property
     def pictures(self) -> Path:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from sfumato.errors import BadRequest, TooLarge
 from sfumato.pipeline.request import UPSCALES, Request
-from sfumato.server.errors import fail
 from sfumato.server.wire import ModelFacts
 
 
@@ -16,7 +16,7 @@ def drawn(facts: ModelFacts, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Where ``upscale`` is not asked for, it is the model's own or 1, whichever has the network draw nearer to the number
     of pixels that the model is made for; the model's own, if they are equally near. One side alone goes with the
-    model's other one. Raises ApiError for sides that can be reached by neither.
+    model's other one. Raises BadRequest for sides that can be reached by neither.
     """
     own = facts.defaults
     asked, upscale = [settings.get("width"), settings.get("height")], settings.get("upscale")
@@ -42,7 +42,8 @@ def drawn(facts: ModelFacts, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse(facts: ModelFacts, sides: list[int], scales: list[int], fit: bool) -> NoReturn:
     """Say which size would do."""
     most = facts.max_pixels * max(scales) ** 2
-    if fit or sides[0] * sides[1] > most:
+    large = fit or sides[0] * sides[1] > most
+    if large:
         unit = max(scales) * facts.multiple
         side = int(most**0.5) // unit * unit
         what = f"is too large: model {facts.name!r} makes at most {most} pixels, such as {side}x{side}"
@@ -51,7 +52,7 @@ def _refuse(facts: ModelFacts, sides: list[int], scales: list[int], fit: bool) -
         nearest = "x".join(str(max(1, round(s / unit)) * unit) for s in sides)
         rules = ", or ".join(f"{k * facts.multiple}" + (f" enlarged by {k}" if k > 1 else "") for k in sorted(scales))
         what = f"does not fit: model {facts.name!r} makes sides that are multiples of {rules}; the nearest is {nearest}"
-    fail(422, f"size {sides[0]}x{sides[1]} {what}")
+    raise (TooLarge if large else BadRequest)(f"size {sides[0]}x{sides[1]} {what}", "width")
 
 
 def finished(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, int]:

@@ -196,7 +196,8 @@ class Worker:
             event = replace(event, made_with={**event.made_with, "batch": self._batch})
             blob = event.encode(event.viewing_scale)
             seeds = {"seed": event.request.seed, "variation_seed": event.request.variation_seed}
-            self._send({"is": "picture", "id": task.id, "index": index, "seeds": seeds}, blob)
+            told = {"seeds": seeds, "warnings": event.warnings}
+            self._send({"is": "picture", "id": task.id, "index": index, **told}, blob)
             task.left -= 1
             if task.left == 0:
                 del self._tasks[task.id]

@@ -1,4 +1,4 @@
-// The server's own API, as docs/api.md describes it.
+// The server's own API, as docs/api.md describes it. Addresses are below the page's own: the server may have a prefix.
 
 export class Refused extends Error {
   constructor(status, code, message, retryAfter) {
@@ -21,7 +21,7 @@ async function refused(response) {
 async function call(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(path.replace(/^\//, ""), options);
   } catch (e) {
     if (e.name === "AbortError") throw e;
     throw new Refused(0, "unreachable", "the server cannot be reached; is `sfumato serve` still running?");

@@ -118,6 +118,7 @@ export async function open(id) {
     h("div", { class: "stack" },
       h("h2", { class: "words", id: "detail-head" }, picture.request.prompt),
       h("dl", { class: "facts" }, facts(picture).flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
+      picture.warnings.map((w) => h("p", { class: "small warning" }, w)),
       h("div", { class: "row" },
         h("a", { class: "button", href: `#/inside/${picture.id}`, onclick: close }, "Look inside"),
         act("Reuse settings", () => actions.reuse(picture)),

@@ -49,7 +49,7 @@ export async function resume() {
 
 export function watch(job) {
   watched?.source?.close();
-  const source = new EventSource(`/jobs/${job.id}/events`);
+  const source = new EventSource(`jobs/${job.id}/events`);
   watched = { job, source, tiles: [], said: "" };
   layOut(job.request);
   Object.assign($("easel").dataset, { job: job.id, state: job.state });
@@ -141,7 +141,7 @@ export const setAgain = (run) => (listeners.again = run);
 export const setAfter = (run) => (listeners.after = run);
 
 function after(job) {
-  fill($("after"), listeners.after(job));
+  fill($("after"), listeners.after(job), job.warnings.map((w) => h("p", { class: "small warning" }, w)));
   $("after").hidden = false;
 }
 

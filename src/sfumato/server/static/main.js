@@ -79,7 +79,7 @@ const actions = {
     toStudio();
     $("prompt").focus();
     const { init, mask } = picture.request, size = { width: Number($("width").value), height: Number($("height").value) };
-    if (init) start.startAgain({ id: init.sha256, url: `/uploads/${init.sha256}.png` }, size, !!mask);
+    if (init) start.startAgain({ id: init.sha256, url: `uploads/${init.sha256}.png` }, size, !!mask);
   },
   replay(picture) {
     paint({ ...again(picture), n: 1 });

@@ -38,7 +38,7 @@ export async function startFromFile(file) {
     context.imageSmoothingQuality = "high";
     context.drawImage(image, (w - image.width * scale) / 2, (t - image.height * scale) / 2, image.width * scale, image.height * scale);
     const kept = await upload("/uploads", await canvas.convertToBlob({ type: "image/png" }));
-    startFrom({ id: kept.id, url: `/uploads/${kept.id}.png`, width: kept.width, height: kept.height });
+    startFrom({ id: kept.id, url: `uploads/${kept.id}.png`, width: kept.width, height: kept.height });
   } catch (e) {
     toast(e.message);
   }
