@@ -18,7 +18,7 @@ from sfumato.server.sizes import drawn, finished
 from sfumato.server.wire import DefaultSettings, ModelFacts
 
 FACTS = ModelFacts(
-    "m", "0", "f", DefaultSettings("ddim", "trailing", 4, 3.0, 64, 64, 4), 16, 1 << 16, False, True, {}
+    "m", "0", "f", DefaultSettings("ddim", "trailing", 4, 3.0, 64, 64, 4), 16, 1 << 16, False, True, False, {}
 )  # fmt: skip
 
 
