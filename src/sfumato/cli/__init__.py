@@ -122,7 +122,7 @@ def _take_flag(argv: list[str], flag: str) -> bool:
     return taken
 
 
-STOPPED = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
+STOPPED: dict[int, tuple[str, int]] = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 AGAIN = 1.0  # seconds
 
 
