@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
         if path and not Path(path).absolute().parent.is_dir():
             raise BadRequest(f"--{name}: no folder {Path(path).absolute().parent}")
     settings: dict[str, Any] = {k: getattr(args, k) for k in ("steps", "sampler", "guidance")}
-    settings["best_of"] = args.best_of or 1
+    settings["best_of"] = 1 if args.best_of is None else args.best_of  # 0 is refused, as by `generate`
     settings["seed"] = args.seed or 0
     pipe, size = None, 64
     autoencoder = args.model is not None and is_autoencoder(Path(args.model))

@@ -60,7 +60,7 @@ def guidance(pipe: Pipeline, request: Request, weights: Sequence[float] = WEIGHT
         raise BadRequest(f"model {pipe.model.name!r} is distilled: it is guided by no second call to compare")
     asked = []
     for w in weights:
-        one = replace(request, n=1, best_of=1, guidance=w)
+        one = replace(request.single(), guidance=w)
         if w == 1:  # the strong denoiser alone: these have no effect there
             one = replace(one, negative="", guidance_rescale=0.0, guidance_interval=None)
         asked.append(one.resolve(pipe.model))
@@ -151,7 +151,7 @@ def samplers(
         raise BadRequest("name at least one sampler and one number of steps to compare")
 
     def asking(sampler: str, k: int) -> Request:
-        return replace(request, n=1, best_of=1, sampler=sampler, eta=None, steps=k).resolve(pipe.model)
+        return replace(request.single(), sampler=sampler, eta=None, steps=k).resolve(pipe.model)
 
     most = max(EXACT_STEPS, min(1000, 2 * max(steps)))
     exact, half = asking(EXACT, most), asking(EXACT, most // 2)

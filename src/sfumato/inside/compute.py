@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ def fitted(image: Image.Image, request: Request) -> Pixels:
 
 
 def _request(pipe: Pipeline, arguments: dict[str, Any]) -> Request:
-    return replace(Request.from_dict(arguments["request"]), n=1, best_of=1).resolve(pipe.model)
+    return Request.from_dict(arguments["request"]).single().resolve(pipe.model)
 
 
 def _told(event: Any, kind: str) -> Json:

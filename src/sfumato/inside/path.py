@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def trajectory(pipe: Pipeline, request: Request, *, attention: bool = True) -> I
 
     The picture is the same to the last bit whether attention is recorded or not.
     """
-    request = replace(request, n=1, best_of=1).resolve(pipe.model)
+    request = request.single().resolve(pipe.model)
     model, recorder = watch(pipe.model, attention=attention)
     words, level = words_of(pipe, request), pipe.model.schedule.clean
     for event in Pipeline(model, pipe.batch, pipe.tile).run(request):
@@ -148,7 +148,7 @@ def forward(pipe: Pipeline, request: Request, pixels: Pixels) -> Iterator[Noised
     Args:
         pixels: uint8 (H, W, 3), of the request's size.
     """
-    request = replace(request, n=1, best_of=1).resolve(pipe.model)
+    request = request.single().resolve(pipe.model)
     if pixels.shape != (*request.size[::-1], 3):
         raise BadRequest(f"the picture has {pixels.shape[1]}x{pixels.shape[0]} pixels: give it the request's size")
     x0, path = pipe.latents([pixels]), pipe.path(request)

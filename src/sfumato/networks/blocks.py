@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.networks.fused import learns_on_cpu
+from sfumato.networks.fused import channels_last, learns_on_cpu
 from sfumato.networks.strips import STRIP, convolve
 
 
@@ -32,7 +32,7 @@ def of_vectors(layer: nn.Module, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return layer(x)
     even = x if len(x) % 2 == 0 else torch.cat([x, x[-1:]])
-    return torch.cat([layer(pair) for pair in even.split(2)])[: len(x)] if len(even) > 2 else layer(even)[: len(x)]
+    return torch.cat([layer(pair) for pair in even.split(2)])[: len(x)]
 
 
 class TimeEmbedding(nn.Module):
@@ -86,7 +86,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x; its memory layout is kept."""
-        if not learns_on_cpu(x) or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        if not (learns_on_cpu(x) and channels_last(x)):
             return super().forward(x)
         # Channels last, torch's loops run over the few channels of a group: 3 to 16 times slower than two copies.
         return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)

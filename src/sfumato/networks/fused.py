@@ -26,9 +26,14 @@ def learns_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled()
 
 
+def channels_last(x: Tensor) -> bool:
+    """Whether a map (B, C, H, W) is laid out channels last alone, not both ways at once."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def norm_silu(x: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """SiLU(norm(x)·(1 + scale) + shift): (B, C, H, W) → the same; scale and shift (B, C), both or neither."""
-    if x.numel() >= LARGE and learns_on_cpu(x) and _channels_last(x) and not torch.compiler.is_compiling():
+    if x.numel() >= LARGE and learns_on_cpu(x) and channels_last(x) and not torch.compiler.is_compiling():
         w, b = norm.weight[None, None], norm.bias[None, None]  # (1, 1, C)
         if scale is not None and shift is not None:
             w, b = w * (1 + scale[:, None]), b * (1 + scale[:, None]) + shift[:, None]  # (B, 1, C)
@@ -75,10 +80,6 @@ class _NormSiLU(torch.autograd.Function):
             torch.mul(dz.mul_(own_w).sub_(n.mul_(along).add_(level)), own_rate, out=into)
         dw, db = (torch.cat(parts) if len(w) == len(x) else torch.cat(parts).sum(0, True) for parts in (by_w, by_b))
         return dx, dw, db, None, None
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -285,13 +285,17 @@ class Request:
         """How many pictures are drawn, of which n are kept."""
         return self.n * self.best_of
 
+    def single(self) -> Request:
+        """This request for one picture, without a choice."""
+        return replace(self, n=1, best_of=1)
+
     def nth(self, i: int) -> Request:
         """The request of picture i of a resolved request alone: of the next seed or, of variations, the next one's."""
         return replace(self._from_seed(i * self.best_of), n=1)
 
     def draw(self, j: int) -> Request:
         """The request of drawn picture j of a resolved request, without the choice."""
-        return replace(self._from_seed(j), n=1, best_of=1)
+        return self._from_seed(j).single()
 
     def _from_seed(self, offset: int) -> Request:
         if self.variation_strength > 0:
