@@ -7,9 +7,9 @@
 The U-Net is Stable Diffusion's in small: 25 million parameters at 32×32, attention to itself and to words at 16×16 and
 8×8. The peers' loops train diffusers' class of it, ours trains our own, from the same weights; that both give the
 same output is checked first. Data, batch and precision are the same; each loop has the optimizer, clipping and average
-of weights that it comes with.
+of weights that it comes with, and a process of its own, since what one sets for its process another would have too.
 
-Time is the CPU time of this process with one thread, so that other work on the machine disturbs little. The loops take
+Time is the CPU time of a process with one thread, so that other work on the machine disturbs little. The loops take
 turns, a few steps each, and each is compared with ours in the same round; quoted are medians over the rounds. The
 rate of a 2048³ product in the same precision, measured between the loops, says what the processor can do: a share is
 that of the best round in the best product, since what disturbs slows either.
@@ -18,14 +18,15 @@ that of the best round in the best product, since what disturbs slows either.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -37,6 +38,7 @@ from sfumato.data.config import DataConfig
 from sfumato.data.pictures import Pictures, load_pictures
 from sfumato.diffusion import PARAMETERIZATIONS, SCHEDULES
 from sfumato.networks.sd_unet import SDUNet, SDUNetConfig
+from sfumato.training.allocator import keep_freed_memory
 from sfumato.training.draws import draws
 from sfumato.training.loop import train
 from sfumato.training.objective import DenoisingObjective, Losses
@@ -92,7 +94,7 @@ class Theirs(nn.Module):
         return self.unet(x, clock, self.words.expand(len(x), -1, -1)).sample
 
 
-# ── our trainer, one step at a time ────────────────────────────────────────────────────────────────────
+# ── what our trainer trains ────────────────────────────────────────────────────────────────────────────
 
 
 class Task:
@@ -120,75 +122,66 @@ class Task:
     def grid(self, weights: Mapping[str, Tensor], path: Path) -> None: ...
 
 
-class Stepwise(Progress):
-    """Runs ``train`` in a thread of its own and lets it take a step when told to."""
+# ── contenders, each in a process of its own ───────────────────────────────────────────────────────────
 
-    def __init__(self, task: Task, recipe: Recipe, folder: Path):
+
+class Settings(NamedTuple):
+    """What is the same for all."""
+
+    widths: tuple[int, ...]
+    batch: int
+    bf16: bool
+
+
+class Turns(Progress):
+    """A process's side of the turns: waits to be told how many steps to take, then says how long they took."""
+
+    def __init__(self, pipe: Connection):
         super().__init__(quiet=True)
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.failed: BaseException | None = None
+        self.pipe, self.left, self.started = pipe, 0, 0.0
 
-        def work() -> None:
-            self.go.acquire()
-            try:
-                train(task, recipe, folder, self)
-            except BaseException as e:
-                self.failed = e
-                self.done.release()
+    def wait(self) -> None:
+        """Wait to be told; 0 is the end."""
+        self.left = self.pipe.recv()
+        if self.left == 0:
+            raise SystemExit
+        self.started = time.process_time()
 
-        threading.Thread(target=work, daemon=True).start()
-
-    def step(self, done: int, loss: float, levels: Any, pictures: int) -> None:
-        self.done.release()
-        self.go.acquire()
-
-    def __call__(self) -> None:
-        self.go.release()
-        self.done.acquire()
-        if self.failed is not None:
-            raise self.failed
+    def step(self, *told: Any) -> None:
+        """Count a step that was taken."""
+        self.left -= 1
+        if self.left == 0:
+            self.pipe.send((time.process_time() - self.started, self.memory))
+            self.wait()
 
 
-# ── contenders ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def contenders(
-    pictures: Pictures, widths: Sequence[int], batch: int, bf16: bool, folder: Path, compiled: bool
-) -> tuple[dict[str, Callable[[], Any]], Ours]:
-    """What takes one step of each loop, and our network."""
-    torch.manual_seed(0)
-    ours = Ours(widths)
-    found: dict[str, Callable[[], Any]] = {}
+def sfumato(turns: Turns, settings: Settings, folder: Path, compiled: bool = False) -> None:
+    """Our trainer, set up as its command does."""
+    keep_freed_memory()
     recipe = Recipe(
-        batch=batch, steps=1 << 20, precision="bf16" if bf16 else "fp32", log_every=1 << 30, checkpoint_every=1 << 30
-    )
-    found["sfumato"] = Stepwise(Task(pictures, ours), recipe, folder / "ours")
-    if compiled:
-        other = Ours(widths)
-        other.load_state_dict(ours.state_dict())
-        found["sfumato, compiled"] = Stepwise(Task(pictures, other), replace(recipe, compile=True), folder / "compiled")
-    try:
-        peers.without_torchvision_kernels()
-        peers.without_accelerators_state()
-        import denoising_diffusion_pytorch  # noqa: F401
-        from torch.utils.data import DataLoader
-        from torchvision import transforms
-    except ImportError as e:
-        print(f"without the peers ({e}): pip install -e '.[bench]'")
-        return found, ours
+        batch=settings.batch, steps=1 << 20, precision="bf16" if settings.bf16 else "fp32", compile=compiled,
+        log_every=1 << 30, checkpoint_every=1 << 30,
+    )  # fmt: skip
+    train(Task(drawings(), network(settings)), recipe, folder / "run", turns)
 
-    theirs = [Theirs(widths) for _ in range(2)]
-    for one in theirs:
-        one.load_state_dict(ours.state_dict())
-    x, t = torch.randn(2, 3, SIZE, SIZE), torch.tensor([10.0, 900.0])
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x, t), theirs[0](x, t), atol=1e-5, rtol=0)
 
-    files = folder / "png"
-    files.mkdir()
-    drawings = [Image.fromarray(pictures.images[i].permute(1, 2, 0).numpy()) for i in range(len(pictures))]
-    for i, drawing in enumerate(drawings):
-        drawing.save(files / f"{i:05d}.png")
+def compiled(turns: Turns, settings: Settings, folder: Path) -> None:
+    """Our trainer with a compiled step."""
+    sfumato(turns, settings, folder, compiled=True)
+
+
+def profiled(turns: Turns, settings: Settings, folder: Path) -> None:
+    """Our trainer, whose last step is profiled."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, suppress(SystemExit):
+        sfumato(turns, settings, folder)
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
+
+
+def diffusers(turns: Turns, settings: Settings, folder: Path) -> None:
+    """The loop of diffusers' examples."""
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+
     prepare = transforms.Compose([
         transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.RandomHorizontalFlip(),
         transforms.ToTensor(), transforms.Normalize([0.5], [0.5]),
@@ -197,18 +190,84 @@ def contenders(
     def together(some: list[Image.Image]) -> Tensor:
         return torch.stack([prepare(one) for one in some])
 
-    loader = DataLoader(drawings, batch, shuffle=True, drop_last=True, collate_fn=together)  # type: ignore[arg-type]
-    steps = peers.diffusers_steps(theirs[0], lambda network, x, t: network(x, t), loader, bf16)
-    found["diffusers"] = lambda: next(steps)
-    trainer = peers.lucidrains_trainer(theirs[1], files, folder / "theirs", SIZE, bf16, train_batch_size=batch)
+    loader = DataLoader(as_images(drawings()), settings.batch, shuffle=True, drop_last=True, collate_fn=together)  # type: ignore[arg-type]
+    for _ in peers.diffusers_steps(theirs(settings), lambda network, x, t: network(x, t), loader, settings.bf16):
+        turns.step()
 
-    def step() -> None:
-        trainer.train_num_steps = trainer.step + 1
-        with peers.silent_bars():
+
+def denoising_diffusion_pytorch(turns: Turns, settings: Settings, folder: Path) -> None:
+    """denoising-diffusion-pytorch's Trainer."""
+    files = folder / "png"
+    files.mkdir()
+    for i, drawing in enumerate(as_images(drawings())):
+        drawing.save(files / f"{i:05d}.png")
+    trainer = peers.lucidrains_trainer(
+        theirs(settings), files, folder / "results", SIZE, settings.bf16, train_batch_size=settings.batch
+    )
+    with peers.silent_bars():
+        while True:
+            trainer.train_num_steps = trainer.step + 1
             trainer.train()
+            turns.step()
 
-    found["denoising-diffusion-pytorch"] = step
-    return found, ours
+
+def drawings() -> Pictures:
+    return load_pictures(DataConfig("sample", captions="none"), SIZE, Path())
+
+
+def as_images(pictures: Pictures) -> list[Image.Image]:
+    return [Image.fromarray(pictures.images[i].permute(1, 2, 0).numpy()) for i in range(len(pictures))]
+
+
+def network(settings: Settings) -> Ours:
+    torch.manual_seed(0)
+    return Ours(settings.widths)
+
+
+def theirs(settings: Settings) -> Theirs:
+    """Their network of our weights, checked to give the same."""
+    ours, found = network(settings), Theirs(settings.widths)
+    found.load_state_dict(ours.state_dict())
+    x, t = torch.randn(2, 3, SIZE, SIZE), torch.tensor([10.0, 900.0])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t), found(x, t), atol=1e-5, rtol=0)
+    return found
+
+
+Loop = Callable[[Turns, Settings, Path], None]
+
+
+def in_turns(loop: Loop, settings: Settings, pipe: Connection) -> None:
+    """Run a loop in this process, a few steps whenever it is told to."""
+    torch.set_num_threads(1)
+    peers.without_torchvision_kernels()
+    turns = Turns(pipe)
+    with TemporaryDirectory() as folder:
+        turns.wait()
+        loop(turns, settings, Path(folder))
+
+
+@contextmanager
+def at_work(loop: Loop, settings: Settings) -> Iterator[Callable[[int], tuple[float, int]]]:
+    """Start a loop's process; yields what takes some steps of it and returns their CPU seconds and its peak in MB."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=in_turns, args=(loop, settings, other), daemon=True)
+    process.start()
+    other.close()
+
+    def take(steps: int) -> tuple[float, int]:
+        pipe.send(steps)
+        return pipe.recv()
+
+    try:
+        yield take
+        pipe.send(0)
+    except BaseException:
+        process.kill()  # a run that is being trained takes a gentler signal for a wish to be saved
+        raise
+    finally:
+        process.join()
 
 
 def matmul_rate(dtype: torch.dtype, n: int = 2048, times: int = 4) -> float:
@@ -222,46 +281,36 @@ def matmul_rate(dtype: torch.dtype, n: int = 2048, times: int = 4) -> float:
     return best
 
 
-def pictures_per_second(step: Callable[[], Any], steps: int, batch: int) -> float:
-    start = time.process_time()
-    for _ in range(steps):
-        step()
-    return steps * batch / (time.process_time() - start)
-
-
-def compare(pictures: Pictures, args: argparse.Namespace, bf16: bool, folder: Path) -> None:
-    found, ours = contenders(pictures, args.widths, args.batch, bf16, folder, args.compile)
+def compare(loops: Mapping[str, Loop], settings: Settings, rounds: int, steps: int) -> None:
+    ours = network(settings)
     with FlopCounterMode(display=False) as counter:
         ours(torch.randn(2, 3, SIZE, SIZE), torch.rand(2)).mean().backward()
-    ours.zero_grad()
     flops = counter.get_total_flops() / 2
-    for name, step in found.items():  # warm-up
-        start = time.process_time()
-        step()
-        print(f"{name}: first step {time.process_time() - start:.1f} s", flush=True)
-    rates: dict[str, list[float]] = {name: [] for name in found}
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    memory: dict[str, int] = {}
     peaks: list[float] = []
-    for _ in range(args.rounds):
-        for name, step in found.items():
-            peaks.append(matmul_rate(torch.bfloat16 if bf16 else torch.float32))
-            rates[name].append(pictures_per_second(step, args.steps, args.batch))
+    with ExitStack() as stack:
+        taking = {name: stack.enter_context(at_work(loop, settings)) for name, loop in loops.items()}
+        for take in taking.values():  # warm-up
+            take(2)
+        for _ in range(rounds):
+            for name, take in taking.items():
+                peaks.append(matmul_rate(torch.bfloat16 if settings.bf16 else torch.float32))
+                seconds, memory[name] = take(steps)
+                rates[name].append(steps * settings.batch / seconds)
     parameters = sum(p.numel() for p in ours.parameters()) / 1e6
     print(
-        f"\n{'bf16' if bf16 else 'fp32'}: {parameters:.1f} M parameters, {flops / 1e9:.1f} GFLOP a picture, batch "
-        f"{args.batch}, a large product {max(peaks) / 1e9:.0f} GFLOP/s, torch {torch.__version__}"
+        f"\n{'bf16' if settings.bf16 else 'fp32'}: {parameters:.1f} M parameters, {flops / 1e9:.1f} GFLOP a picture, "
+        f"batch {settings.batch}, a large product {max(peaks) / 1e9:.0f} GFLOP/s, torch {torch.__version__}"
     )
     for name, each in rates.items():
         ratios = [ours / theirs for ours, theirs in zip(rates["sfumato"], each, strict=True)]
         print(
-            f"{name:28} {statistics.median(each):6.2f} pictures/s, share {max(each) * flops / max(peaks):.2f}; ours is "
-            f"faster by "
+            f"{name:28} {statistics.median(each):6.2f} pictures/s, share {max(each) * flops / max(peaks):.2f}, "
+            f"{memory[name]} MB; ours is faster by "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
             flush=True,
         )
-    if args.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            found["sfumato"]()
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
 
 
 def main() -> None:
@@ -272,13 +321,26 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS, help="channels of the U-Net, multiples of 32")
     parser.add_argument("--compile", action="store_true", help="measure our trainer's compiled step too")
-    parser.add_argument("--profile", action="store_true", help="show where one step of ours spends its time")
+    parser.add_argument("--profile", action="store_true", help="show where two steps of ours spend their time")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pictures = load_pictures(DataConfig("sample", captions="none"), SIZE, Path())
+    loops: dict[str, Loop] = {"sfumato": sfumato}
+    if args.compile:
+        loops["sfumato, compiled"] = compiled
+    try:
+        peers.without_torchvision_kernels()
+        import accelerate  # noqa: F401
+        import denoising_diffusion_pytorch as _  # noqa: F401
+
+        loops |= {"diffusers": diffusers, "denoising-diffusion-pytorch": denoising_diffusion_pytorch}
+    except ImportError as e:
+        print(f"without the peers ({e}): pip install -e '.[bench]'")
     for precision in args.precision:
-        with TemporaryDirectory() as folder:
-            compare(pictures, args, precision == "bf16", Path(folder))
+        settings = Settings(tuple(args.widths), args.batch, precision == "bf16")
+        compare(loops, settings, args.rounds, args.steps)
+        if args.profile:
+            with at_work(profiled, settings) as take:
+                take(2)
 
 
 if __name__ == "__main__":

@@ -64,10 +64,12 @@ def main(argv: list[str]) -> int:
 def _train(recipe: Recipe, root: Path, run: Path, world: World) -> Path:
     import torch
 
+    from sfumato.training.allocator import keep_freed_memory
     from sfumato.training.loop import train
     from sfumato.training.progress import Progress
     from sfumato.training.tasks import build_task
 
+    keep_freed_memory()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     progress = Progress(recipe.log_every, quiet=not world.main)

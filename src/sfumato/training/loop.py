@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -118,87 +119,20 @@ def train(
     parts = world.size * recipe.accumulate
     if recipe.batch % parts:
         raise BadData(f"recipe: batch {recipe.batch} cannot be cut into {world.size} ranks × {recipe.accumulate} parts")
-    precision = _settle_recipe(task, recipe, run, world)
-    module = task.module.to(world.device)
-    wrapped = world.wrap(module, recipe.parallel)
-    optimizers = build_optimizers(module, recipe.optimizer, precision == "bf16")
-    ema = EMA(module, recipe.ema)
-    found = load_newest(run / "checkpoints", progress.warn, world)
-    start = 0 if found is None else found.step
-    if found is not None:
-        _restore(found, recipe, module, ema, optimizers, world)
-        progress.note(f"resuming at step {start}")
-    rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    network = torch.compile(wrapped) if recipe.compile else wrapped
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    def save(done: int) -> None:
-        tensors, folder = _state(module, ema, optimizers), run / "checkpoints"
-        if recipe.sharded:
-            save_shards(folder, _snapshot(done, recipe, tensors), recipe.keep, world)
-        else:
-            snapshot = _snapshot(done, recipe, _whole(tensors, world))
-            world.together(lambda: save_checkpoint(folder, snapshot, recipe.keep) if world.main else None)
-
-    def due(every: int, done: int) -> bool:
-        return every > 0 and done > 0 and (done % every == 0 or done == recipe.steps)
-
-    def look(done: int) -> bool:
-        """Draw and measure what is due after a step and not there yet; tell whether a signal came meanwhile."""
-        grid = run / f"grid-{done:08d}.png"
-        wants_grid = due(recipe.grid_every, done) and not grid.exists()
-        wants_figures = due(recipe.evaluate_every, done) and watch is not None and done not in log.evaluated
-        if not world.any(world.main and (wants_grid or wants_figures)):
-            return False
-        weights = _whole(ema.averages[0], world)
-
-        def draw_and_measure() -> None:
-            if world.main and wants_grid:
-                task.grid(weights, grid)
-            if world.main and wants_figures and watch is not None:
-                found = watch(lambda path: task.export(weights, path), run, lambda: bool(stop))
-                if found is not None:
-                    log.write_evaluation(done, found)
-                    progress.note(f"step {done}: {spoken(found)}")
-
-        with progress.aside():
-            world.together(draw_and_measure)
-        return world.any(bool(stop))
-
-    def end(done: int) -> NoReturn:
-        progress.note(f"stopped after step {done}; the same command goes on from there")
-        raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
-
-    module.train()
-    bad = 0
+    learner = _Learner(task, recipe, _settle_recipe(task, recipe, run, world), world)
+    start = learner.resume(run, progress)
     batches = _batches(task, recipe, world, start)
     log = world.together(lambda: RunLog(run, start, recipe.tensorboard, quiet=not world.main))
     with progress.running(recipe.steps, start), _stop_signal() as stop, log:
+        look = _Look(learner, run, progress, log, watch, stop)
         if look(start):
-            end(start)
+            _end(start, progress, stop)
+        bad = 0
         for step in range(start, recipe.steps):
             share = learning_rate(recipe.optimizer, step, recipe.steps)
-            for optimizer, own in zip(optimizers, rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, own, strict=True):
-                    group["lr"] = rate * share
-                optimizer.zero_grad(set_to_none=True)
-            value, losses = 0.0, None
-            for part in range(recipe.accumulate):
-                batch = world.together(lambda: next(batches))
-                torch.manual_seed(_noise_seed(recipe, _places(recipe, world, step, part).start))  # dropout
-                last = part + 1 == recipe.accumulate
-                with nullcontext() if last else world.no_sync(wrapped):
-                    with autocast:
-                        losses = task.losses(network, batch)
-                    loss = losses.loss.mean() / recipe.accumulate
-                    loss.backward()
-                value += float(loss.detach())
-            value = world.mean(value)
-            norm = float(full(nn.utils.clip_grad_norm_(module.parameters(), recipe.optimizer.clip)))
+            value, norm, losses = learner.gradients(step, batches)
             if math.isfinite(norm) and math.isfinite(value):
-                for optimizer in optimizers:
-                    optimizer.step()
-                ema.update(module, step)
+                learner.apply(step, share)
                 bad = 0
             else:
                 bad += 1
@@ -208,7 +142,6 @@ def train(
                         f"{bad} steps in a row gave no finite gradient; the last good checkpoint is kept in {run}"
                     )
             done = step + 1
-            assert losses is not None
             levels = loss_by_level(losses)
             progress.step(done, value, levels, recipe.batch)
             if done % recipe.log_every == 0:
@@ -217,18 +150,149 @@ def train(
             stopping = world.any(bool(stop))
             saving = done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping
             if saving:
-                save(done)
+                learner.save(run, done)
             stopping = stopping or look(done)
             if stopping and done < recipe.steps:
                 if not saving:
-                    save(done)
-                end(done)
+                    learner.save(run, done)
+                _end(done, progress, stop)
     for i, decay in enumerate(recipe.ema):
-        weights = _whole(ema.averages[i], world)
+        weights = _whole(learner.ema.averages[i], world)
         if world.main:
             task.export(weights, run / ("final.safetensors" if i == 0 else f"final-ema-{decay:g}.safetensors"))
     world.barrier()
     return run / "final.safetensors"
+
+
+class _Learner:
+    """What is learned and what moves it: a module, its gradients, its optimizers and its averages."""
+
+    def __init__(self, task: Task, recipe: Recipe, precision: str, world: World):
+        self.task, self.recipe, self.world = task, recipe, world
+        self.module = task.module.to(world.device)
+        self.wrapped = world.wrap(self.module, recipe.parallel)
+        self.network = torch.compile(self.wrapped) if recipe.compile else self.wrapped
+        self.optimizers = build_optimizers(self.module, recipe.optimizer, precision == "bf16")
+        self.rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.ema = EMA(self.module, recipe.ema)
+        self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.module.train()
+
+    def gradients(self, step: int, batches: Iterator[Any]) -> tuple[float, float, Losses]:
+        """Gather a step's gradients, clipped; return its loss, their norm before, and the last part's losses."""
+        recipe, world = self.recipe, self.world
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        value, losses = 0.0, None
+        for part in range(recipe.accumulate):
+            batch = world.together(lambda: next(batches))
+            torch.manual_seed(_noise_seed(recipe, _places(recipe, world, step, part).start))  # dropout
+            last = part + 1 == recipe.accumulate
+            with nullcontext() if last else world.no_sync(self.wrapped):
+                with self.autocast:
+                    losses = self.task.losses(self.network, batch)
+                loss = losses.loss.mean() / recipe.accumulate
+                loss.backward()
+            value += float(loss.detach())
+        assert losses is not None
+        norm = float(full(nn.utils.clip_grad_norm_(self.module.parameters(), recipe.optimizer.clip)))
+        return world.mean(value), norm, losses
+
+    def apply(self, step: int, share: float) -> None:
+        """Move the weights along the gradients at a share of the full rates, and the averages after them."""
+        for optimizer, own in zip(self.optimizers, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = rate * share
+            optimizer.step()
+        self.ema.update(self.module, step)
+
+    def save(self, run: Path, done: int) -> None:
+        """Write a checkpoint of the state after a step; all ranks must save together."""
+        recipe, world, folder = self.recipe, self.world, run / "checkpoints"
+        if recipe.sharded:
+            save_shards(folder, _snapshot(done, recipe, self._state()), recipe.keep, world)
+        else:
+            snapshot = _snapshot(done, recipe, _whole(self._state(), world))
+            world.together(lambda: save_checkpoint(folder, snapshot, recipe.keep) if world.main else None)
+
+    def resume(self, run: Path, progress: Progress) -> int:
+        """Take up the newest whole checkpoint, if there is one, and return the step to go on from."""
+        checkpoint = load_newest(run / "checkpoints", progress.warn, self.world)
+        if checkpoint is None:
+            return 0
+        self._restore(checkpoint)
+        progress.note(f"resuming at step {checkpoint.step}")
+        return checkpoint.step
+
+    def _state(self) -> dict[str, Tensor]:
+        moments = {f"optimizer.{k}": v for k, v in tensors_of(self.optimizers).items()}
+        return {**self._weights(), **moments}
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights = {f"model.{k}": v for k, v in self.module.state_dict().items()}
+        return weights | {f"ema.{k}": v for k, v in self.ema.tensors().items()}
+
+    @torch.no_grad()
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        shapes, weights = checkpoint.shapes(), self._weights()
+        differing = _differing(checkpoint.plain["recipe"], self.recipe) if "recipe" in checkpoint.plain else []
+        if {k: v for k, v in shapes.items() if not k.startswith("optimizer.")} != _shapes(weights, checkpoint):
+            differing.append("the weights' shapes")
+        if differing:
+            raise BadData(
+                f"the checkpoint of step {checkpoint.step} is another recipe's (differs in {', '.join(differing)}): "
+                "use another --run folder"
+            )
+        names = [k.removeprefix("optimizer.") for k in shapes if k.startswith("optimizer.")]
+        moments = empty_state(self.optimizers, names)
+        checkpoint.fill(weights | {f"optimizer.{k}": v for k, v in moments.items()}, self.world)
+        restore(self.optimizers, moments)
+
+
+@dataclass
+class _Look:
+    """Draws and measures the averaged weights when it is due."""
+
+    learner: _Learner
+    run: Path
+    progress: Progress
+    log: RunLog
+    watch: Watch | None
+    stop: list[int]  # signals that came
+
+    def __call__(self, done: int) -> bool:
+        """Draw and measure what is due after a step and not there yet; tell whether a signal came meanwhile."""
+        recipe, world = self.learner.recipe, self.learner.world
+        grid = self.run / f"grid-{done:08d}.png"
+        wants_grid = self._due(recipe.grid_every, done) and not grid.exists()
+        watch = self.watch if self._due(recipe.evaluate_every, done) and done not in self.log.evaluated else None
+        if not world.any(world.main and (wants_grid or watch is not None)):
+            return False
+        weights = _whole(self.learner.ema.averages[0], world)
+
+        def draw_and_measure() -> None:
+            if world.main and wants_grid:
+                self.learner.task.grid(weights, grid)
+            if world.main and watch is not None:
+                self._measure(watch, done, weights)
+
+        with self.progress.aside():
+            world.together(draw_and_measure)
+        return world.any(bool(self.stop))
+
+    def _due(self, every: int, done: int) -> bool:
+        return every > 0 and done > 0 and (done % every == 0 or done == self.learner.recipe.steps)
+
+    def _measure(self, watch: Watch, done: int, weights: Mapping[str, Tensor]) -> None:
+        found = watch(lambda path: self.learner.task.export(weights, path), self.run, lambda: bool(self.stop))
+        if found is not None:
+            self.log.write_evaluation(done, found)
+            self.progress.note(f"step {done}: {spoken(found)}")
+
+
+def _end(done: int, progress: Progress, stop: list[int]) -> NoReturn:
+    progress.note(f"stopped after step {done}; the same command goes on from there")
+    raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
 
 
 def _whole(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
@@ -363,37 +427,6 @@ def _snapshot(step: int, recipe: Recipe, tensors: Mapping[str, Tensor]) -> Check
         "rng": {"seed": recipe.seed, "counter": step * recipe.batch},
     }
     return Checkpoint(step, tensors, plain)
-
-
-def _state(module: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.tensors().items()}
-    return tensors | {f"optimizer.{k}": v for k, v in tensors_of(optimizers).items()}
-
-
-@torch.no_grad()
-def _restore(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    module: nn.Module,
-    ema: EMA,
-    optimizers: list[torch.optim.Optimizer],
-    world: World,
-) -> None:
-    shapes = checkpoint.shapes()
-    differing = _differing(checkpoint.plain["recipe"], recipe) if "recipe" in checkpoint.plain else []
-    state = _state(module, ema, [])
-    if {k: v for k, v in shapes.items() if not k.startswith("optimizer.")} != _shapes(state, checkpoint):
-        differing.append("the weights' shapes")
-    if differing:
-        raise BadData(
-            f"the checkpoint of step {checkpoint.step} is another recipe's (differs in {', '.join(differing)}): "
-            "use another --run folder"
-        )
-    names = [k.removeprefix("optimizer.") for k in shapes if k.startswith("optimizer.")]
-    moments = empty_state(optimizers, names)
-    checkpoint.fill(state | {f"optimizer.{k}": v for k, v in moments.items()}, world)
-    restore(optimizers, moments)
 
 
 def _shapes(tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, torch.Size]:
