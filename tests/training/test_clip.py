@@ -16,7 +16,7 @@ from sfumato.networks.towers import PictureHeadConfig
 from sfumato.text.tokenizer import VOCABULARY, packaged_clip
 from sfumato.text.tower import TextTowerConfig
 from sfumato.training.clip import changed, info_nce, true_elsewhere
-from sfumato.training.words import principal
+from sfumato.training.word_table import principal
 
 SMALL = TwoTowersConfig(
     dim=16,
@@ -125,7 +125,7 @@ def test_principal_directions_keep_the_angles_of_vectors_that_have_no_others():
 def test_a_table_of_tokens_puts_words_near_their_kin():
     from sfumato.checkpoints.packaged import MINILM
     from sfumato.text.tower import train_tokenizer
-    from sfumato.training.words import token_texts, word_table
+    from sfumato.training.word_table import token_texts, word_table
 
     try:
         MINILM.locate()

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from runs import few, run
+from sfumato.training.allocator import keep_freed_memory
 from sfumato.training.denoiser import DenoiserTask
 
 folder, steps, leak_kib = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 torch.set_num_threads(1)
+keep_freed_memory()  # as the command does
 page = resource.getpagesize() / 1024
 rss, kept = [], []
 

@@ -249,6 +249,10 @@ def test_a_decoder_learns_from_what_its_model_draws(vae: Path, tmp_path: Path) -
     forget_the_end(tmp_path / "decoder")
     shutil.rmtree(tmp_path / "decoder/cache")  # drawn again, and the same
     assert train(raw, tmp_path, "decoder").read_bytes() == final_bytes
+    forget_the_end(tmp_path / "decoder")
+    shutil.copy(train({**latent(str(vae)), "seed": 1}, tmp_path, "another"), model)
+    with pytest.raises(BadData, match="the data's content"):
+        train(raw, tmp_path, "decoder")
 
     slight = {**raw, "decoder": {**own, "strength": [0.01, 0.01]}}
     task = build_task(from_dict(Recipe, slight, "test"), tmp_path, tmp_path / "slight", World(), Progress(quiet=True))

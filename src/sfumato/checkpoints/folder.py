@@ -38,11 +38,6 @@ _SHARD = re.compile(r"-?\d{5}-of-\d{5}")
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a path is a folder that holds a published model, or one network of it."""
-    return path.is_dir() and ((path / "model_index.json").is_file() or (path / "config.json").is_file())
-
-
 def read_folder(
     path: Path, variant: str | None = None, *, weights: bool = True, allow_pickle: bool = False
 ) -> Published:

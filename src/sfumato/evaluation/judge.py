@@ -23,6 +23,7 @@ from sfumato.checkpoints import packaged
 from sfumato.evaluation.bootstrap import Array
 from sfumato.evaluation.cache import Cache, content_hash
 from sfumato.families.pretrained import load_sentence_encoder
+from sfumato.networks.towers import PictureHead, PictureHeadConfig
 
 JITTER = 0.01  # of the names' vectors: too few to be learned by heart
 
@@ -44,26 +45,15 @@ class JudgeConfig:
 class Judge(nn.Module):
     """Features of pictures (B, D) and vectors of names (C, 384) → similarities (B, C)."""
 
-    mean: Tensor
-    deviation: Tensor
-
     def __init__(self, features: int, words: int, config: JudgeConfig):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("deviation", torch.ones(features))
-        self.picture = nn.Sequential(
-            nn.Dropout(config.dropout),
-            nn.Linear(features, config.hidden),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.hidden, config.width),
-        )
+        self.picture = PictureHead(PictureHeadConfig(features, config.hidden, config.dropout), config.width)
         self.words = nn.Linear(words, config.width)
         self.log_scale = nn.Parameter(torch.tensor(2.7))
 
     def forward(self, features: Tensor, words: Tensor) -> Tensor:
         """Compare every picture with every name."""
-        x = F.normalize(self.picture((features - self.mean) / self.deviation), dim=1)
+        x = F.normalize(self.picture(features), dim=1)
         return self.log_scale.exp() * x @ F.normalize(self.words(words), dim=1).T
 
 
@@ -83,7 +73,7 @@ def train_judge(
     config = config or JudgeConfig()
     x, y = torch.from_numpy(features), torch.tensor(labels)
     judge = Judge(x.shape[1], words.shape[1], config)
-    key = content_hash("judge-1", asdict(config), x, y, words)
+    key = content_hash("judge-2", asdict(config), x, y, words)
 
     def make() -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
@@ -95,8 +85,7 @@ def train_judge(
 
 
 def _train(judge: Judge, x: Tensor, y: Tensor, words: Tensor, config: JudgeConfig) -> Judge:
-    judge.mean.copy_(x.mean(0))
-    judge.deviation.copy_(x.std(0) + 1e-6)
+    judge.picture.standardize(x)
     known = torch.unique(y)  # names that some picture shows
     place = torch.full((len(words),), -1).scatter(0, known, torch.arange(len(known)))[y]
     batch = min(config.batch, len(x))

@@ -202,18 +202,10 @@ def _set_figures(
             value, interval, detail, real, real_interval = found
             name = f"{extractor.name} at {extractors.SIZE} px" if extractor.name == "lite0" else extractor.name
             yield Figure(
-                metric,
-                pair.split,
-                "",
-                value,
-                interval,
-                len(pair.reference),
-                name,
-                pair.hash,
-                real,
-                real_interval,
-                detail,
-            )
+                metric, pair.split, "", value, interval,
+                n=len(pair.reference), extractor=name, reference=pair.hash,
+                real=real, real_interval=real_interval, detail=detail,
+            )  # fmt: skip
 
 
 def _fd(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:

@@ -153,7 +153,7 @@ def _start(towers: TwoTowers, settings: ClipRecipe, root: Path, cache: Path) -> 
 def _kept(path: Path, towers: TwoTowers) -> Tensor:
     from safetensors.torch import load
 
-    from sfumato.training.words import word_table
+    from sfumato.training.word_table import word_table
 
     if not path.exists():
         config = towers.config.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,9 +58,7 @@ class DecoderTask:
     ):
         self.recipe, self.latents, self.redrawn = recipe, latents, redrawn
         torch.manual_seed(recipe.seed)
-        small = recipe.decoder.network
-        network = OwnDecoder(autoencoder) if small is None else PreviewDecoder(small)
-        self.module: nn.Module = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.module: nn.Module = self._network(autoencoder).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.perceptual = load_lpips("alex") if recipe.decoder.perceptual else None
 
     def fetch(self, places: range) -> Pair:
@@ -76,8 +75,10 @@ class DecoderTask:
         return Pair(x0 + share[:, None, None, None] * noise, pictures, share)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the pictures, their columns and their latents."""
-        return self.latents.fingerprint()
+        """SHA-256 of the pictures, their columns and their latents, and of what a model made of these."""
+        if self.redrawn is None:
+            return self.latents.fingerprint()
+        return hashlib.sha256(self.latents.fingerprint().encode() + self.redrawn.numpy().tobytes()).hexdigest()
 
     def losses(self, module: Callable[..., Tensor], batch: Pair) -> Losses:
         """Return the losses of one micro-batch; their place is the share of noise."""
@@ -105,8 +106,7 @@ class DecoderTask:
     @torch.no_grad()
     def grid(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Draw pictures beside what is seen of them, in latents that a model drew where there are any."""
-        small = self.recipe.decoder.network
-        network = OwnDecoder(CompactAutoencoder(self._own().config)) if small is None else PreviewDecoder(small)
+        network = self._network()
         network.load_state_dict(dict(weights))
         pictures = self.latents.pictures
         chosen = pictures.spread(min(32, len(pictures)))
@@ -114,6 +114,13 @@ class DecoderTask:
         source = self.latents.latents if self.redrawn is None else self.redrawn
         seen = network(torch.stack([source[i] for i in chosen]).float())
         write_sheet(torch.stack([x, seen], 1).flatten(0, 1), 8, path)
+
+    def _network(self, autoencoder: CompactAutoencoder | None = None) -> nn.Module:
+        """What the recipe trains: a decoder for previews, or an autoencoder's own, by default a new one's."""
+        small = self.recipe.decoder.network
+        if small is not None:
+            return PreviewDecoder(small)
+        return OwnDecoder(CompactAutoencoder(self._own().config) if autoencoder is None else autoencoder)
 
     def _own(self) -> CompactAutoencoder:
         assert isinstance(self.module, OwnDecoder)

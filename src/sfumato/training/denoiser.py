@@ -17,8 +17,8 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from sfumato.data.encoded_captions import EncodedCaptions
 from sfumato.data.pictures import Batch, Row
-from sfumato.data.words import Words
 from sfumato.families.native import Native, NativeConfig, metadata
 from sfumato.files import write_atomically
 from sfumato.networks.compact import CompactAutoencoder, PreviewDecoder
@@ -86,7 +86,7 @@ class DenoiserTask:
     ``words`` may be set to the captions as the text tower, then frozen, encodes them.
     """
 
-    words: Words | None = None
+    words: EncodedCaptions | None = None
 
     def __init__(
         self,

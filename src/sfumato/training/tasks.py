@@ -34,7 +34,7 @@ def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -
 
 
 def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
-    from sfumato.data.words import captions_of, encoded_words
+    from sfumato.data.encoded_captions import captions_of, encoded_captions
     from sfumato.training.denoiser import DenoiserTask
     from sfumato.training.start import align_features, start_denoiser, start_preview, start_text
 
@@ -52,7 +52,7 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
     if recipe.latents.text and recipe.latents.freeze_text and recipe.data.variants:
         text = task.module.text.eval()
         key = f"{sha256(root / recipe.latents.text)}/{recipe.model.text}/{text.tokenizer.to_str()}"
-        task.words = encoded_words(captions_of(latents.pictures), text.encode, key, run / "cache")
+        task.words = encoded_captions(captions_of(latents.pictures), text.encode, key, run / "cache")
     return task
 
 

@@ -17,7 +17,7 @@ Encode = Callable[[list[str]], Mapping[str, Tensor]]  # captions → context (B,
 
 
 @dataclass(frozen=True, eq=False)
-class Words:
+class EncodedCaptions:
     """The states of captions, T tokens in all.
 
     Args:
@@ -47,7 +47,7 @@ def captions_of(pictures: Pictures) -> list[str]:
     return sorted({"", *drawn}, key=lambda caption: (len(caption), caption))  # alike in length: little padding
 
 
-def encoded_words(captions: list[str], encode: Encode, key: str, folder: Path, batch: int = 256) -> Words:
+def encoded_captions(captions: list[str], encode: Encode, key: str, folder: Path, batch: int = 256) -> EncodedCaptions:
     """Return what ``encode`` makes of captions, from the folder where it is known already.
 
     Args:
@@ -69,4 +69,4 @@ def encoded_words(captions: list[str], encode: Encode, key: str, folder: Path, b
 
     stored = kept(folder, json.dumps([key, captions]), make)
     places = {caption: i for i, caption in enumerate(captions)}
-    return Words(places, stored["starts"].tolist(), stored["context"], stored["pooled"])
+    return EncodedCaptions(places, stored["starts"].tolist(), stored["context"], stored["pooled"])
