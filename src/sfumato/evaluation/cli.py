@@ -68,13 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run ``sfumato evaluate`` with its arguments and return the exit code; raises SfumatoError for bad input."""
     args = _parser().parse_args(argv)
-    if args.data is None:
-        raise BadRequest("say which pictures to measure against with --data")
-    if args.real:
-        for name in ("model", *OF_A_MODEL):
-            if getattr(args, name) is not None:
-                shown = "the model" if name == "model" else f"--{name.replace('_', '-')}"
-                raise BadRequest(f"--real measures real pictures: leave out {shown}")
+    _check(args)
     from rich.console import Console
 
     from sfumato.data.config import DataConfig
@@ -88,26 +82,17 @@ def main(argv: list[str]) -> int:
     metrics = DEFAULT if args.metrics is None else check_metrics([m.strip() for m in args.metrics.split(",")])
     if args.grid and not set(metrics) & {"fd", "kid", "pr", "judge", "nearest"}:
         raise BadRequest("--grid shows nearest training pictures: ask for the metric nearest too")
-    for name in ("json", "grid"):
-        path = getattr(args, name)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise BadRequest(f"--{name}: no folder {Path(path).absolute().parent}")
     settings: dict[str, Any] = {k: getattr(args, k) for k in ("steps", "sampler", "guidance")}
     settings["best_of"] = 1 if args.best_of is None else args.best_of  # 0 is refused, as by `generate`
     settings["seed"] = args.seed or 0
     pipe, size = None, 64
     autoencoder = args.model is not None and is_autoencoder(Path(args.model))
     if autoencoder:
-        for name in ("metrics", "inception", *OF_A_MODEL):
-            if getattr(args, name) is not None:
-                raise BadRequest(
-                    f"--{name.replace('_', '-')} is for models that make pictures, and {args.model} is an autoencoder"
-                )
+        if given := _given(args, "metrics", "inception", *OF_A_MODEL):
+            raise BadRequest(f"{args.model} is an autoencoder and makes no pictures: leave out {', '.join(given)}")
     elif not args.real:
         pipe = load(args.model)
         size = base_request(pipe, **settings).width or size  # settings are checked before any work
-    if args.size is not None and not 8 <= args.size <= 1024:
-        raise BadRequest(f"--size must lie from 8 to 1024, not {args.size}")
 
     console = Console(stderr=True)
     where = dict(_condition(c) for c in args.where)
@@ -127,6 +112,26 @@ def main(argv: list[str]) -> int:
     report.print(wide)
     _write(args, report, yardstick, pipe, settings)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse flags that no data or model could make sense of."""
+    if args.data is None:
+        raise BadRequest("say which pictures to measure against with --data")
+    of_a_model = ([] if args.model is None else ["the model"]) + _given(args, *OF_A_MODEL)
+    if args.real and of_a_model:
+        raise BadRequest(f"--real measures real pictures: leave out {', '.join(of_a_model)}")
+    for name in ("json", "grid"):
+        path = getattr(args, name)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise BadRequest(f"--{name}: no folder {Path(path).absolute().parent}")
+    if args.size is not None and not 8 <= args.size <= 1024:
+        raise BadRequest(f"--size must lie from 8 to 1024, not {args.size}")
+
+
+def _given(args: argparse.Namespace, *names: str) -> list[str]:
+    """Those of some flags that were given, as they are written."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
 
 
 def _evaluate_autoencoder(args: argparse.Namespace, truth: Truth, cache: Cache) -> int:
