@@ -147,7 +147,7 @@ class Turns(Progress):
             raise SystemExit
         self.started = time.process_time()
 
-    def step(self, *told: Any) -> None:
+    def step(self, done: int = 0, loss: float = 0.0, levels: Any = (), pictures: int = 0) -> None:
         """Count a step that was taken."""
         self.left -= 1
         if self.left == 0:
