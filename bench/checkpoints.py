@@ -2,6 +2,7 @@
 
     python bench/checkpoints.py FOLDER [--side 512] [--repeats 3] [--threads 1] [--steps 1]
     python bench/checkpoints.py FOLDER --picture 4                   # from a cold process to a picture of 4 steps
+    python bench/checkpoints.py FOLDER --pairs 10 [--dtype bf16]     # both networks in one process, called in turn
 
 FOLDER holds a Stable Diffusion 1, 2 or XL model; random weights of the true shapes do, since only time is measured:
 ``bench/memory.py sd1 --modes --keep DIR`` writes such. Times are of the CPU, so that other work beside does not count;
@@ -16,9 +17,81 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+Call = Callable[[], Any]
+
+
+def import_engine(engine: str) -> None:
+    """Import all that loading needs, so that the clock can start after it."""
+    if engine == "sfumato":
+        from sfumato.families import sd1, sd2, sdxl  # noqa: F401
+    else:
+        import diffusers
+        import transformers  # noqa: F401
+
+        diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline  # noqa: B018 - both are imported lazily
+
+
+def load(engine: str, folder: str, dtype: str = "fp32") -> Any:
+    """Load the whole model."""
+    if engine == "sfumato":
+        from sfumato import families
+
+        return families.load(folder, memory="normal", dtype=dtype)
+    import diffusers
+    import torch
+
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    return diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=wanted)
+
+
+def caller(engine: str, model: Any, side: int) -> Call:
+    """One call of a loaded model's denoiser, under the words of a prompt."""
+    import torch
+
+    if engine == "sfumato":
+        own = next(model.network.parameters()).dtype
+        words = {**model.encode(["a red fox"]), **model.situate(side, side, 5.0)}
+        words = {k: v.to(own) if v.ndim > 2 else v for k, v in words.items()}
+        x, clock = torch.randn(1, model.channels, side // 8, side // 8).to(own), torch.tensor([500.0])
+        return lambda: model.network(x, clock, **words)
+    xl = model.unet.config.addition_embed_type == "text_time"
+    out = model.encode_prompt("a red fox", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
+    added = {"text_embeds": out[2], "time_ids": sizes} if xl else None
+    x = torch.randn(1, model.vae.config.latent_channels, side // 8, side // 8).to(model.unet.dtype)
+    clock = torch.tensor([500.0])
+    return lambda: model.unet(x, clock, encoder_hidden_states=out[0], added_cond_kwargs=added).sample
+
+
+def pairs(folder: str, side: int, threads: int, n: int, dtype: str) -> None:
+    """Call both denoisers in turn, after each was called until its weights are in memory, and print the ratios."""
+    import torch
+
+    torch.set_num_threads(threads)
+    calls: list[Call] = []
+    with torch.inference_mode():
+        for engine in ("sfumato", "diffusers"):
+            import_engine(engine)
+            calls.append(caller(engine, load(engine, folder, dtype), side))
+            for _ in range(5 if engine == "sfumato" else 1):
+                calls[-1]()
+        rows = []
+        for _ in range(n):
+            seconds = []
+            for call in calls:
+                begin = time.process_time()
+                call()
+                seconds.append(time.process_time() - begin)
+            rows.append(seconds)
+            print(f"{seconds[0]:.2f} s of the CPU against {seconds[1]:.2f}: {seconds[0] / seconds[1]:.3f}", flush=True)
+    least = [min(column) for column in zip(*rows, strict=True)]
+    print(f"{dtype}, {side}x{side}, {threads} threads, {n} pairs: median ratio {median(a / b for a, b in rows):.3f},")
+    print(f"least {least[0]:.2f} against {least[1]:.2f}: {least[0] / least[1]:.3f}")
 
 
 def measure(engine: str, folder: str, side: int, threads: int, steps: int) -> dict[str, float]:
@@ -26,41 +99,13 @@ def measure(engine: str, folder: str, side: int, threads: int, steps: int) -> di
     import torch
 
     torch.set_num_threads(threads)
-    if engine == "sfumato":
-        from sfumato import families
-        from sfumato.families import sd1, sd2, sdxl  # noqa: F401 - imported before the clock starts, as theirs are
-    else:
-        import diffusers
-        import transformers  # noqa: F401
-
-        diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline  # noqa: B018 - both are imported lazily
+    import_engine(engine)
     begin, wall = time.process_time(), time.perf_counter()
-    if engine == "sfumato":
-        model = families.load(folder, memory="normal")
-        network, channels = model.network, model.channels
-    else:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-        network, channels = pipe.unet, pipe.vae.config.latent_channels
+    model = load(engine, folder)
     loaded, loaded_wall = time.process_time() - begin, time.perf_counter() - wall
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    x, clock = torch.randn(1, channels, side // 8, side // 8), torch.tensor([500.0])
     with torch.inference_mode():
-        if engine == "sfumato":
-            words = {**model.encode(["a red fox"]), **model.situate(side, side, 5.0)}
-
-            def call() -> Any:
-                return network(x, clock, **words)
-        else:
-            xl = pipe.unet.config.addition_embed_type == "text_time"
-            out = pipe.encode_prompt(
-                "a red fox", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
-            added = {"text_embeds": out[2], "time_ids": sizes} if xl else None
-
-            def call() -> Any:
-                return network(x, clock, encoder_hidden_states=out[0], added_cond_kwargs=added).sample
-
+        call = caller(engine, model, side)
         begin = time.process_time()
         call()
         first = time.process_time() - begin
@@ -130,6 +175,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--picture", type=int, default=0, metavar="STEPS", help="a first picture instead")
+    parser.add_argument("--pairs", type=int, default=0, metavar="N", help="both in one process, N calls each, in turn")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of --pairs")
     parser.add_argument("--child", choices=("sfumato", "diffusers"))
     a = parser.parse_args()
     if a.child:
@@ -139,7 +186,9 @@ def main() -> None:
             else measure(a.child, a.folder, a.side, a.threads, a.steps)
         )
         print(json.dumps(facts))
-        return
+        return None
+    if a.pairs:
+        return pairs(a.folder, a.side, a.threads, a.pairs, a.dtype)
     results: dict[str, list[dict[str, float]]] = {"sfumato": [], "diffusers": []}
     options = [f"--{k}={getattr(a, k)}" for k in ("side", "threads", "steps", "picture")]
     for _ in range(a.repeats):

@@ -139,28 +139,35 @@ def unet(config: Json) -> Iterator[Place]:
     """Latent diffusion's U-Net; the configuration is that of the published folder."""
     n = len(config["block_out_channels"])
     blocks = _each(config["layers_per_block"], n)
-    depth = [d if "CrossAttn" in t else 0 for d, t in zip(_depth(config), config["down_block_types"], strict=True)]
-    layers_up = config.get("reverse_transformer_layers_per_block") or _depth(config)[::-1]
-    depth_up = [d if "CrossAttn" in t else 0 for d, t in zip(layers_up, config["up_block_types"], strict=True)]
+    layers = _depth(config)
+    layers_up = config.get("reverse_transformer_layers_per_block") or layers[::-1]
+    depth, depth_up = (
+        [_each(d, n) if "CrossAttn" in t else [] for d, t, n in zip(numbers, config[types], counts, strict=True)]
+        for numbers, types, counts in (
+            (layers, "down_block_types", blocks),
+            (layers_up, "up_block_types", [count + 1 for count in reversed(blocks)]),
+        )
+    )
     yield from modules("", "", UNET_ENDS)
     k = 1
     for i in range(n):
         for j in range(blocks[i]):
             yield from modules(f"input_blocks.{k}.0", f"down_blocks.{i}.resnets.{j}", UNET_RESIDUAL)
-            yield from _transformer(f"input_blocks.{k}.1", f"down_blocks.{i}.attentions.{j}", depth[i])
+            if depth[i]:
+                yield from _transformer(f"input_blocks.{k}.1", f"down_blocks.{i}.attentions.{j}", depth[i][j])
             k += 1
         if i < n - 1:
             yield from module(f"input_blocks.{k}.0.op", f"down_blocks.{i}.downsamplers.0.conv")
             k += 1
     yield from modules("middle_block.0", "mid_block.resnets.0", UNET_RESIDUAL)
-    yield from _transformer("middle_block.1", "mid_block.attentions.0", _depth(config)[-1])
+    yield from _transformer("middle_block.1", "mid_block.attentions.0", _each(layers[-1], 1)[0])
     yield from modules("middle_block.2", "mid_block.resnets.1", UNET_RESIDUAL)
     k = 0
     for i, count in enumerate(reversed(blocks)):
         for j in range(count + 1):
             yield from modules(f"output_blocks.{k}.0", f"up_blocks.{i}.resnets.{j}", UNET_RESIDUAL)
             if depth_up[i]:
-                yield from _transformer(f"output_blocks.{k}.1", f"up_blocks.{i}.attentions.{j}", depth_up[i])
+                yield from _transformer(f"output_blocks.{k}.1", f"up_blocks.{i}.attentions.{j}", depth_up[i][j])
             if j == count and i < n - 1:
                 last = 2 if depth_up[i] else 1
                 yield from module(f"output_blocks.{k}.{last}.conv", f"up_blocks.{i}.upsamplers.0.conv")

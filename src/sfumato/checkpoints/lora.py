@@ -8,6 +8,7 @@
 | LoHa  | (a₁·b₁) ⊙ (a₂·b₂)                       | Hyeon-Woo et al. 2108.06098        |
 | LoKr  | w₁ ⊗ w₂, each whole or a product        | Edalati et al. 2212.10650, LyCORIS |
 | diff  | itself                                  |                                    |
+| DoRA  | m · (W + δ) / |W + δ| − W, δ of above   | Liu et al. 2402.09353              |
 
 A model with additions is another model: its tensors are made anew where they change and shared where they do not, so
 that leaving an addition out gives the first model to the last bit.
@@ -20,12 +21,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoints import keymaps
-from sfumato.checkpoints.formats import weights
-from sfumato.checkpoints.keymaps import Place
-from sfumato.checkpoints.published import ADDED_WORDS, Json, Published
+from sfumato.checkpoints.formats import weights, weights_header
+from sfumato.checkpoints.keymaps import Place, to_theirs
+from sfumato.checkpoints.published import ADDED_WORDS, Json, Published, read_json
 from sfumato.errors import BadCheckpoint
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> Addition:
     """Read a LoRA, LoHa or LoKr file; BadCheckpoint for what is none, or of a kind that cannot be followed."""
     modules: dict[str, dict[str, Tensor]] = {}
     strange: list[str] = []
+    if path.is_dir() and (path / PEFT_FILE).is_file():
+        path = path / PEFT_FILE
     for name, tensor in weights(path, allow_pickle=allow_pickle).items():
         if m := _PROCESSOR.fullmatch(name):
             target = f"{m[1]}.{m[2]}" + (".0" if m[2] == "to_out" else "")
@@ -71,9 +74,43 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> Addition:
         raise BadCheckpoint(f"{path}: holds no LoRA (its first tensor is {min(strange, default='none')[:60]!r})")
     if strange:
         raise BadCheckpoint(f"{path}: {len(strange)} tensors are no part of a LoRA: {', '.join(strange[:3])}")
-    if any("dora_scale" in parts for parts in modules.values()):
-        raise BadCheckpoint(f"{path}: a DoRA, whose scales of whole weights are not supported")
+    for prefix, settings in _settings(path, allow_pickle).items():
+        for name, parts in modules.items():
+            if name.startswith(prefix) and "down" in parts and "alpha" not in parts:
+                parts["alpha"] = _alpha(path, name, settings, len(parts["down"]))
     return Addition(path, modules)
+
+
+PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header
+
+
+def _settings(path: Path, allow_pickle: bool) -> dict[str, Json]:
+    """What diffusers and PEFT state beside the tensors, by the beginning of the modules' names to which it applies."""
+    stated = weights_header(path, allow_pickle=allow_pickle).metadata.get(METADATA)
+    if stated is None:
+        beside = path.with_name(PEFT_SETTINGS)
+        return {"": read_json(beside)} if path.name == PEFT_FILE and beside.is_file() else {}
+    try:
+        settings: dict[str, dict[str, Any]] = {}
+        for name, value in json.loads(stated).items():
+            prefix, _, key = name.partition(".")
+            settings.setdefault(f"{prefix}.", {})[key] = value
+    except (ValueError, AttributeError, RecursionError):
+        raise BadCheckpoint(f"{path}: {METADATA} in its metadata is damaged") from None
+    return settings
+
+
+def _alpha(path: Path, name: str, settings: Json, rank: int) -> Tensor:
+    """A module's alpha by PEFT's settings: of the first pattern that its name ends with, else the one for all."""
+    import torch
+
+    try:
+        patterns = settings.get("alpha_pattern") or {}
+        alpha = next((v for k, v in patterns.items() if f".{name}".endswith(f".{k}")), settings.get("lora_alpha", rank))
+        return torch.tensor(float(alpha) * (rank**0.5 if settings.get("use_rslora") else 1.0))
+    except (TypeError, ValueError, AttributeError):
+        raise BadCheckpoint(f"{path}: the settings stated with it are damaged: no alpha for {name}") from None
 
 
 def add_loras(model: Published, loras: Sequence[tuple[Addition, float]], *, partial: bool = False) -> Published:
@@ -140,6 +177,8 @@ def _names(model: Published, component: str) -> Iterator[tuple[str, Place]]:
         if name.endswith(".weight"):
             own = name.removesuffix(".weight")
             yield _key(prefix + own), Place(own, (own,))
+            if component in ("unet", "transformer"):  # PEFT's own files name no component
+                yield _key(own), Place(own, (own,))
             if component.startswith("text_encoder"):
                 yield _key(f"{prefix}text_model.{own}"), Place(own, (own,))
     for place in _originals(model.configs.get(component, {})):
@@ -161,7 +200,10 @@ def _deltas(parts: Mapping[str, Tensor], place: Place, own: Mapping[str, Tensor]
     """The change of each of our tensors that a module's parts make, shaped like it."""
     if "diff_b" in parts:
         yield from _cut(parts["diff_b"].float(), place, own, "bias")
-    if parts.keys() - {"alpha", "diff_b"}:
+    if "dora_scale" in parts:
+        whole = to_theirs({name: own[f"{name}.weight"].float() for name in place.ours}, [place])[place.theirs]
+        yield from _cut(_rescaled(whole, delta(parts), parts["dora_scale"].float()) - whole, place, own, "weight")
+    elif parts.keys() - {"alpha", "diff_b"}:
         yield from _cut(delta(parts), place, own, "weight")
 
 
@@ -207,6 +249,15 @@ def delta(parts: Mapping[str, Tensor]) -> Tensor:
         change = torch.kron(first.reshape(*first.shape, *(1,) * (second.ndim - 2)), second)
     scale = float(p["alpha"]) / rank if "alpha" in p and rank else 1.0
     return change * scale
+
+
+def _rescaled(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
+    """W + ΔW with the length of each row, or of each column, set to a magnitude."""
+    new = weight + change.reshape(weight.shape)
+    rows = magnitude.numel() == len(new) and (magnitude.ndim < 2 or magnitude.shape[0] == len(new) or new.ndim > 2)
+    axes = [d for d in range(new.ndim) if d != (0 if rows else 1)]
+    shape = [n if d not in axes else 1 for d, n in enumerate(new.shape)]
+    return new * (magnitude.reshape(shape) / new.norm(dim=axes, keepdim=True))
 
 
 def _product(up: Tensor, down: Tensor, core: Tensor | None, swapped: bool = False) -> Tensor:

@@ -144,6 +144,8 @@ def write_single_file(model: Published, path: Path, layout: Layout) -> None:
             tensors |= to_theirs(model.tensors[part.component], prefixed(part.prefix, part.table(config)))
         except KeyError as e:
             raise BadCheckpoint(f"{model.path}: {part.component}: {e} has no place in a single file") from None
+        except (TypeError, ValueError, IndexError) as e:
+            raise BadCheckpoint(f"{model.path}: the {part.component}'s configuration is damaged: {e}") from None
     write_tensors(tensors, path, {METADATA: json.dumps({"configs": model.configs, "tokenizers": model.tokenizers})})
 
 
@@ -190,7 +192,7 @@ def _described(path: Path, layout: Layout, shapes: Shapes) -> dict[str, Any]:
             raise BadCheckpoint(f"{path}: a {layout.family} file, but without its {part.component} ({part.prefix}*)")
         try:
             configs[part.component] = part.describe(own)
-        except (KeyError, IndexError, ValueError, ZeroDivisionError) as e:
+        except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
             raise BadCheckpoint(f"{path}: its {part.component} is not whole: {e} is missing or misshaped") from None
     configs["vae"] |= layout.latents
     if layout.family == "sdxl":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from sfumato.checkpoints.published import DTYPES, Json, Published
 from sfumato.checkpoints.tensors import LoadReport, load_into
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
-from sfumato.diffusion.schedules import Discrete, from_betas, linear, scaled_linear
+from sfumato.diffusion.schedules import Discrete, cosine, from_betas, linear, scaled_linear
 from sfumato.errors import BadCheckpoint
 from sfumato.families.configs import (
     autoencoder_config,
@@ -288,14 +289,42 @@ def flow(clock: float) -> Parameterization:
     return replace(PARAMETERIZATIONS["flow"], clock=lambda level: clock * level.t)
 
 
+def shifted(scheduler: Json, unit: int, usual: float) -> Callable[[int, int], Mapping[str, Mapping[str, float]]]:
+    """The shift of a flow's times towards noise, at any size of picture: one number or, where the scheduler says so, by
+    the number of cells; then μ is linear in that number, and the shift e^μ (FLUX) or μ itself.
+
+    Args:
+        unit: pixels per side of one cell of the transformer.
+        usual: the shift where the scheduler names none.
+
+    Raises BadCheckpoint for times that are changed in other ways besides.
+    """
+    for setting in ("shift_terminal", "invert_sigmas"):
+        if scheduler.get(setting):
+            raise BadCheckpoint(f"its scheduler's {setting} is not supported")
+    low, high = float(scheduler.get("base_image_seq_len", 256)), float(scheduler.get("max_image_seq_len", 4096))
+    start, end = float(scheduler.get("base_shift", 0.5)), float(scheduler.get("max_shift", 1.15))
+    constant = float(scheduler.get("shift", scheduler.get("flow_shift", usual)))
+    by_size, exponential = scheduler.get("use_dynamic_shifting"), scheduler.get("time_shift_type") != "linear"
+
+    def spacings(width: int, height: int) -> dict[str, dict[str, float]]:
+        cells = (width // unit) * (height // unit)
+        mu = start + (end - start) * (cells - low) / (high - low)
+        return {"shift": {"s": constant if not by_size else math.exp(mu) if exponential else mu}}
+
+    return spacings
+
+
 MAX_LEVELS = 100_000  # of a discrete noise schedule
 
 
 def schedule(config: Json) -> Discrete:
     """The discrete noise schedule that a scheduler's configuration states."""
-    kinds = {"scaled_linear": scaled_linear, "linear": linear}
+    kinds = ("scaled_linear", "linear", "squaredcos_cap_v2")
     kind = config.get("beta_schedule", "scaled_linear")
     zero_snr = bool(config.get("rescale_betas_zero_snr"))
+    if str(config.get("_class_name")).startswith("EDM"):
+        raise BadCheckpoint(f"its scheduler, {config['_class_name']}, is for networks in EDM's form: not supported")
     try:
         if config.get("trained_betas") is not None:
             return from_betas(config["trained_betas"], zero_snr=zero_snr)
@@ -305,7 +334,9 @@ def schedule(config: Json) -> Discrete:
         levels = int(config.get("num_train_timesteps", 1000))
         if not 1 < levels <= MAX_LEVELS:
             raise BadCheckpoint(f"a noise schedule of {levels} levels; 2 to {MAX_LEVELS} are supported")
-        return kinds[kind](start, end, levels, zero_snr)
+        if kind == "squaredcos_cap_v2":
+            return cosine(steps=levels, zero_snr=zero_snr)
+        return (scaled_linear if kind == "scaled_linear" else linear)(start, end, levels, zero_snr)
     except (ValueError, TypeError, OverflowError) as e:
         raise BadCheckpoint(f"the scheduler's configuration is damaged: {e}") from None
 
@@ -429,6 +460,9 @@ def card(model: Published, prediction: str) -> dict[str, str]:
 
 def usual_spacing(config: Json) -> str:
     """The timestep spacing that a scheduler's configuration states."""
+    for spacing in ("karras", "exponential", "beta"):
+        if config.get(f"use_{spacing}_sigmas"):
+            return spacing
     spacing = config.get("timestep_spacing", "leading")
     return spacing if spacing in ("leading", "trailing", "linspace") else "leading"
 

@@ -56,10 +56,11 @@ def _each(value: Any, n: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * n
 
 
-def _depths(types: Any, attentive: str, plain: str, layers: tuple[Any, ...]) -> tuple[int, ...]:
+def _depths(types: Any, attentive: str, plain: str, layers: tuple[Any, ...]) -> tuple[int | tuple[int, ...], ...]:
     for t in types:
         _only({"block type": t}, **{"block type": (attentive, plain)})
-    return tuple(int(depth) if t == attentive else 0 for t, depth in zip(types, layers, strict=True))
+    numbers = (tuple(map(int, n)) if isinstance(n, (list, tuple)) else int(n) for n in layers)
+    return tuple(depth if t == attentive else 0 for t, depth in zip(types, numbers, strict=True))
 
 
 @_reader("U-Net")
@@ -80,6 +81,7 @@ def sd_unet_config(c: Json) -> SDUNetConfig:
     types_up = c.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (n - 1))
     layers = _each(c.get("transformer_layers_per_block", 1), n)
     layers_up = c.get("reverse_transformer_layers_per_block") or layers[::-1]
+    deepest = layers[-1][0] if isinstance(layers[-1], (list, tuple)) else layers[-1]
     cross_only = _each(c.get("only_cross_attention", False), n)
     middle = c.get("mid_block_type", "UNetMidBlock2DCrossAttn")
     sized = c.get("addition_embed_type") == "text_time"
@@ -90,7 +92,7 @@ def sd_unet_config(c: Json) -> SDUNetConfig:
         blocks=_each(c.get("layers_per_block", 2), n),
         depth=_depths(types, "CrossAttnDownBlock2D", "DownBlock2D", layers),
         depth_up=_depths(types_up, "CrossAttnUpBlock2D", "UpBlock2D", tuple(layers_up)),
-        depth_middle=layers[-1] if middle == "UNetMidBlock2DCrossAttn" else 0,
+        depth_middle=deepest if middle == "UNetMidBlock2DCrossAttn" else 0,
         middle=middle is not None,
         heads=_each(c.get("attention_head_dim", 8), n),  # the published name says otherwise, but it is their number
         context_dim=_each(c.get("cross_attention_dim", 1280), n),
@@ -203,10 +205,8 @@ def clip_config(c: Json, projected: bool) -> CLIPConfig:
 @_reader("T5 encoder")
 def t5_config(c: Json) -> T5Config:
     """T5's encoder, from a ``T5EncoderModel``'s configuration."""
-    # Published v1.1 files say "gated-gelu"; newer ones carry what follows from it instead.
     form = c.get("feed_forward_proj", "relu")
-    if form not in ("relu", "gated-gelu"):
-        raise ValueError(f"feed_forward_proj {form!r} is not supported")
+    gated, activation = form.startswith("gated-"), form.removeprefix("gated-")
     return T5Config(
         vocabulary=c.get("vocab_size", 32128),
         dim=c.get("d_model", 512),
@@ -214,7 +214,8 @@ def t5_config(c: Json) -> T5Config:
         layers=c.get("num_layers", 6),
         heads=c.get("num_heads", 8),
         head_dim=c.get("d_kv", 64),
-        gated=form == "gated-gelu",
+        gated=gated,
+        activation="gelu_new" if form == "gated-gelu" else activation,  # the published files mean the tanh form
         buckets=c.get("relative_attention_num_buckets", 32),
         max_distance=c.get("relative_attention_max_distance", 128),
         eps=c.get("layer_norm_epsilon", 1e-6),

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from torch import Tensor, tensor
@@ -53,9 +52,6 @@ def load(model: Published, name: str) -> Model:
     def situate(width: int, height: int, guidance: float) -> dict[str, Tensor]:
         return {"guidance": tensor([guidance])} if config.guided else {}
 
-    def spacings(width: int, height: int) -> dict[str, dict[str, float]]:
-        return {"shift": {"s": shift_of(scheduler, (width // unit) * (height // unit))}}
-
     return common.assemble(
         model,
         name,
@@ -71,16 +67,7 @@ def load(model: Published, name: str) -> Model:
         multiple=unit,
         max_pixels=1 << 22,
         situate=situate,
-        spacings=spacings,
+        spacings=common.shifted(scheduler, unit, usual=1.0),
         distilled=config.guided,
         defaults=Defaults("flow-euler", "shift", *((28, 3.5) if config.guided else (4, 1.0)), 1024, 1024),
     )
-
-
-def shift_of(scheduler: Json, cells: int) -> float:
-    """The shift of the times towards noise; μ is linear in the number of cells where the scheduler says so."""
-    if not scheduler.get("use_dynamic_shifting", False):
-        return float(scheduler.get("shift", 1.0))
-    low, high = float(scheduler.get("base_image_seq_len", 256)), float(scheduler.get("max_image_seq_len", 4096))
-    start, end = float(scheduler.get("base_shift", 0.5)), float(scheduler.get("max_shift", 1.15))
-    return math.exp(start + (end - start) * (cells - low) / (high - low))

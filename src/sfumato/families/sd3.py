@@ -49,7 +49,6 @@ def load(model: Published, name: str) -> Model:
         common.check_width(model, "words", config.context_dim, t5.network.config.dim)
     vae = common.autoencoder(model)
     common.check_latents(model, config.in_channels, vae)
-    shift = float(scheduler.get("shift", 3.0))
 
     def encode(prompts: list[str]) -> dict[str, Tensor]:
         ids = common.same_rows(prompts, first, second)
@@ -81,6 +80,6 @@ def load(model: Published, name: str) -> Model:
         parameterization=common.flow(1000.0),
         multiple=multiple,
         max_pixels=(config.positions * multiple) ** 2,
-        spacings=lambda width, height: {"shift": {"s": shift}},
+        spacings=common.shifted(scheduler, multiple, usual=3.0),
         defaults=Defaults("flow-euler", "shift", 28, 5.0, side, side),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,15 @@ from sfumato.networks.blocks import (
 )
 from sfumato.networks.fused import norm_silu
 
+Depth: TypeAlias = "int | tuple[int, ...]"
+
 
 @dataclass(frozen=True)
 class SDUNetConfig:
     """The U-Net's shape; sequences have one entry per resolution, finest first.
 
     Args:
-        depth: transformer layers after each residual block, 0 where a resolution has no attention.
+        depth: transformer layers after each residual block, or a number for each; 0 where there is no attention.
         depth_up: the same for the way up, coarsest first.
         depth_middle: of the middle, 0 for none; ``middle`` says whether there is a middle at all.
         linear: whether cells are projected into the transformer by a linear layer (2, XL) or a 1×1 convolution (1).
@@ -50,8 +52,8 @@ class SDUNetConfig:
     out_channels: int = 4
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
     blocks: tuple[int, ...] = (2, 2, 2, 2)
-    depth: tuple[int, ...] = (1, 1, 1, 0)
-    depth_up: tuple[int, ...] = (0, 1, 1, 1)
+    depth: tuple[Depth, ...] = (1, 1, 1, 0)
+    depth_up: tuple[Depth, ...] = (0, 1, 1, 1)
     depth_middle: int = 1
     middle: bool = True
     heads: tuple[int, ...] = (8, 8, 8, 8)
@@ -71,11 +73,18 @@ class SDUNetConfig:
         for name in ("blocks", "depth", "depth_up", "heads", "context_dim", "self_attention"):
             if len(getattr(self, name)) != len(self.widths):
                 raise ValueError(f"a U-Net of {len(self.widths)} resolutions needs as many entries in {name}")
-        for width, heads, depth in zip(self.widths, self.heads, self.depth, strict=True):
+        middle = (0,) * (len(self.widths) - 1) + (self.depth_middle,)
+        for width, heads, *depths in zip(
+            self.widths, self.heads, self.depth, reversed(self.depth_up), middle, strict=True
+        ):
             if width % self.groups:
                 raise ValueError(f"width {width} is not a multiple of {self.groups} groups")
-            if depth and width % heads:
+            if any(depths) and width % heads:
                 raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        for depths, extra in ((self.depth, 0), (reversed(self.depth_up), 1)):
+            for depth, blocks in zip(depths, self.blocks, strict=True):
+                if isinstance(depth, tuple) and len(depth) != blocks + extra:
+                    raise ValueError(f"{blocks + extra} residual blocks need as many depths, not {len(depth)}")
 
 
 class Prompt(NamedTuple):
@@ -184,7 +193,7 @@ class Level(nn.Module):
         width: int,
         embedding: int,
         level: int,
-        depth: int,
+        depth: Depth,
         config: SDUNetConfig,
         *,
         down: bool = False,
@@ -194,7 +203,8 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList(ConvBlock(n, width, embedding, config.groups, config.eps) for n in inputs)
         heads, context_dim, own = config.heads[level], config.context_dim[level], config.self_attention[level]
         if depth:
-            self.attentions = nn.ModuleList(Transformer(width, depth, heads, context_dim, own, config) for _ in inputs)
+            depths = depth if isinstance(depth, tuple) else (depth,) * len(inputs)
+            self.attentions = nn.ModuleList(Transformer(width, n, heads, context_dim, own, config) for n in depths)
         if down:
             self.downsamplers = nn.ModuleList([Downsample(width)])
         if up:

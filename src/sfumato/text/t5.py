@@ -9,15 +9,20 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.networks.blocks import RMSNorm, attend
+from sfumato.networks.clip import ACTIVATIONS
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """The encoder's shape; ``head_dim``·``heads`` need not be its width. ``gated`` is version 1.1's feed-forward."""
+    """The encoder's shape; ``head_dim``·``heads`` need not be its width.
+
+    Args:
+        gated: whether the feed-forward layers are version 1.1's.
+        activation: a name in ``networks.clip.ACTIVATIONS``: the first version's is relu, version 1.1's gelu_new.
+    """
 
     vocabulary: int = 32128
     dim: int = 4096
@@ -26,9 +31,14 @@ class T5Config:
     heads: int = 64
     head_dim: int = 64
     gated: bool = True
+    activation: str = "gelu_new"
     buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}")
 
 
 class SelfAttention(nn.Module):
@@ -48,21 +58,21 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a ReLU, or gated by GELU."""
+    """Two linear layers around an activation, or gated by it."""
 
     def __init__(self, config: T5Config):
         super().__init__()
         names = ("wi_0", "wi_1") if config.gated else ("wi",)
         for name in names:
             self.add_module(name, nn.Linear(config.dim, config.inner, bias=False))
-        self.gated = config.gated
+        self.gated, self.activation = config.gated, ACTIVATIONS[config.activation]
         self.wo = nn.Linear(config.inner, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, D) → (B, M, D)."""
         if self.gated:
-            return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
-        return self.wo(F.relu(self.wi(x)))
+            return self.wo(self.activation(self.wi_0(x)) * self.wi_1(x))
+        return self.wo(self.activation(self.wi(x)))
 
 
 class Sublayer(nn.Module):
