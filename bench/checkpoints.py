@@ -186,9 +186,10 @@ def main() -> None:
             else measure(a.child, a.folder, a.side, a.threads, a.steps)
         )
         print(json.dumps(facts))
-        return None
+        return
     if a.pairs:
-        return pairs(a.folder, a.side, a.threads, a.pairs, a.dtype)
+        pairs(a.folder, a.side, a.threads, a.pairs, a.dtype)
+        return
     results: dict[str, list[dict[str, float]]] = {"sfumato": [], "diffusers": []}
     options = [f"--{k}={getattr(a, k)}" for k in ("side", "threads", "steps", "picture")]
     for _ in range(a.repeats):

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from sfumato.errors import BadRequest, NoResources, SfumatoError
 
+WEIGHTS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")  # endings of files that hold weights
 PART = ".part"  # ending of a file that is being written; a crash may leave one behind
+
+
+def climbs(path: Path) -> bool:
+    """Whether a path climbs by ".." to a file that is not named as weight files are: such a file is not to be opened."""
+    return ".." in path.parts and path.suffix.lower() not in WEIGHTS
 
 
 def write_atomically(path: Path, data: bytes, *, overwrite: bool = True) -> None:

@@ -181,6 +181,7 @@ def write_folder(model: Published, path: Path) -> None:
     import shutil
     import tempfile
 
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if path.exists():
@@ -208,7 +209,7 @@ def write_folder(model: Published, path: Path) -> None:
                 (temporary / component / name).write_text(text, encoding="utf-8")
         temporary.chmod(0o755)
         temporary.replace(path)
-    except OSError as e:
-        raise NoResources(f"cannot write {path}: {e.strerror or e}") from None
+    except (OSError, SafetensorError) as e:
+        raise NoResources(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

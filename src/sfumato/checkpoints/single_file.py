@@ -33,7 +33,7 @@ Table = Callable[[Json], Iterator[Place]]
 _IGNORED = re.compile(
     r"model_ema\..*|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|scale_factor|loss\..*"
     r"|denoiser\..*|v_pred|ztsnr|.*\.position_ids|.*\.logit_scale|.*\.attn_mask|.*\.visual\..*|lvlb_weights"
-    r"|cond_stage_model\.model\.text_projection|first_stage_model\.loss\..*|edm_.*"
+    r"|cond_stage_model\.model\.text_projection|first_stage_model\.loss\..*"
     r"|.*\.encoder\.embed_tokens\.weight"
 )
 
@@ -89,6 +89,8 @@ def read_single_file(
     layout = single_file_layout(set(shapes))
     if layout is None:
         raise BadCheckpoint(f"{path}: {describe_foreign(shapes)}")
+    if edm := next((name for name in shapes if name.startswith("edm_")), None):
+        raise BadCheckpoint(f"{path}: holds {edm}, the mark of a network in EDM's form: not supported")
     why = {"family": f"{layout.family}: it holds {layout.sign}"}
     tokenizers: Mapping[str, Mapping[str, str]] = {}
     if METADATA in header.metadata:
@@ -153,6 +155,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     """Write a safetensors file that is there whole or not at all; BadCheckpoint if the path is taken."""
     import os
 
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if path.exists():
@@ -162,8 +165,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, dict(metadata or {"format": "pt"}))
         temporary.replace(path)
-    except OSError as e:
-        raise NoResources(f"cannot write {path}: {e.strerror or e}") from None
+    except (OSError, SafetensorError) as e:
+        raise NoResources(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -423,6 +426,8 @@ def describe_flux(s: Shapes) -> dict[str, Any]:
     """FLUX's transformer; a head's numbers go to the positions in the published proportion."""
     dim, channels = s["img_in.weight"]
     head_dim = s["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    apart = (n for n in range(2, head_dim, 2) if (head_dim - n) % 4 == 0)  # every axis takes pairs of numbers
+    first = min(apart, key=lambda n: abs(8 * n - head_dim))
     return {
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
@@ -435,7 +440,7 @@ def describe_flux(s: Shapes) -> dict[str, Any]:
         "joint_attention_dim": s["txt_in.weight"][1],
         "pooled_projection_dim": s["vector_in.in_layer.weight"][1],
         "guidance_embeds": "guidance_in.in_layer.weight" in s,
-        "axes_dims_rope": [head_dim // 8, head_dim // 16 * 7, head_dim // 16 * 7],
+        "axes_dims_rope": [first, (head_dim - first) // 2, (head_dim - first) // 2],
     }
 
 

@@ -24,10 +24,10 @@ def main(argv: Sequence[str]) -> int:
     add_json_flag(parser)
     args = parser.parse_args(argv)
 
-    from sfumato.pipeline.picture import is_png, read
+    from sfumato.pipeline.picture import read
 
     path = Path(args.what)
-    if path.is_file() and is_png(path):
+    if _is_picture(path):
         stored = read(path)
         p = stored.picture
         facts: dict[str, Any] = {
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
             **({"warnings": list(p.warnings)} if p.warnings else {}),
         }
     else:
-        facts = _model_facts(path, args)
+        facts = _model_facts(args)
     if args.json:
         print_json(facts)
     else:
@@ -50,13 +50,21 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _model_facts(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _is_picture(path: Path) -> bool:
+    from sfumato.pipeline.picture import is_png
+
+    try:
+        return path.is_file() and is_png(path)
+    except (OSError, ValueError):  # a name may be too long for a file's, or hold a zero byte
+        return False
+
+
+def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
     """What the headers of weight files say; no weights are read."""
     from sfumato.checkpoints.formats import weights_header
     from sfumato.families import describe, locate
 
-    if not path.is_file():
-        path = locate(args.what, args.variant)
+    path = locate(args.what, args.variant)
     how = {"variant": args.variant, "allow_pickle": args.allow_pickle}
     if path.is_dir():
         return {"model": str(path), **describe(path, **how)}

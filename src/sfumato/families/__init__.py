@@ -14,7 +14,7 @@ from sfumato.checkpoints import hub
 from sfumato.errors import BadCheckpoint, BadRequest, nearest
 from sfumato.families import keeping
 from sfumato.families.additions import Additions
-from sfumato.files import sha256
+from sfumato.files import climbs, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,10 @@ def locate(name: str | Path | None, variant: str | None = None) -> Path:
     if str(name) in models:
         return models[str(name)]
     path = _path(name)
+    if path.is_file() and climbs(path):
+        raise BadRequest(
+            f"no model {str(name)[:80]!r}: a path with '..' in it must end as files of weights do, such as .safetensors"
+        )
     if path.is_file():
         return path
     if path.is_dir() and (path / "final.safetensors").is_file():  # a training run's folder
@@ -55,6 +59,8 @@ def locate(name: str | Path | None, variant: str | None = None) -> Path:
     if (model := hub.parse(str(name))) is not None:
         return hub.fetch(model, variant)
     hint = nearest(str(name), list(models))
+    if m := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", str(name)):
+        hint = f"; of a model on the hub name the id: {m[1][:80]}"
     raise BadRequest(
         f"no model {str(name)[:80]!r}: neither a file nor one of {', '.join(models) or 'none embedded'}{hint}"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sfumato.errors import BadCheckpoint, BadRequest
-from sfumato.files import sha256
+from sfumato.files import climbs, sha256
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.parts import PartOfModel
@@ -218,6 +218,8 @@ def _with_autoencoder(model: Published, path: Path, part: PartOfModel) -> Publis
 
 
 def _check_there(path: Path) -> None:
+    if path.is_file() and climbs(path):
+        raise BadCheckpoint(f"{path}: a path with '..' in it must end as files of weights do, such as .safetensors")
     if not path.is_file() and not path.is_dir():
         raise BadCheckpoint(f"{path}: {'not a file' if path.exists() else 'no such file'}")
 

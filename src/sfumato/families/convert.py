@@ -27,6 +27,8 @@ def convert(source: Path, target: Path, variant: str | None = None, *, allow_pic
     BadCheckpoint if the source is not whole, has no other form, or the target exists.
     """
     if source.is_dir():
+        if target.suffix != ".safetensors":
+            raise BadRequest(f"{target}: a folder becomes a single file, whose name must end in .safetensors")
         model = _without_packaged(read_folder(source, variant, allow_pickle=allow_pickle))
         write_single_file(model, target, layout_of(model))
     elif target.suffix != ".safetensors":
