@@ -16,7 +16,7 @@ PART = ".part"  # ending of a file that is being written; a crash may leave one 
 
 
 def climbs(path: Path) -> bool:
-    """Whether a path climbs by ".." to a file that is not named as weight files are: such a file is not to be opened."""
+    """Whether a path climbs by ".." to a file that is not named as weight files are, and so is not to be opened."""
     return ".." in path.parts and path.suffix.lower() not in WEIGHTS
 
 
