@@ -25,6 +25,7 @@ from sfumato.cli import main
 NAMES = [
     "../../etc/passwd", "a/../../b", "..", "../x", "a/..", "%2e%2e/x", "a/b/../../../c", "~root/x", "file:///etc/passwd",
     "https://localhost/x", "a/b@../../c", "\\\\host\\share", "a\0b", "a" * 5000, "\u202ea/b", "",
+    CLIMBS := os.path.relpath("/etc/passwd"),
 ]  # fmt: skip
 
 FORBIDDEN = {
@@ -72,8 +73,9 @@ def watched(run: Callable[[], int]) -> dict[str, Any]:
     return {"code": code, "said": said.getvalue(), "events": sorted(set(events)), "mark": Path(MARK).exists()}
 
 
-def generate(model: object) -> int:
-    return main(["generate", "a fox", "--steps", "1", "--model", str(model), "--size", "16x16", "--out", "made.png"])
+def generate(model: object, *more: str) -> int:
+    asked = ["generate", "a fox", "--steps", "1", "--model", str(model), "--size", "16x16", "--out", "made.png", *more]
+    return main(asked)
 
 
 def unpickled(path: Path) -> int:
@@ -112,6 +114,10 @@ def run(good: Path) -> dict[str, Any]:
         results[f"pickle, allowed: {kind}"] = watched(lambda: unpickled(file))
     for name in NAMES:
         results[f"name: {name[:40]!a}"] = watched(lambda name=name: generate(name))  # type: ignore[misc]
+        results[f"name: {name[:40]!a} for info"] = watched(lambda name=name: main(["info", name]))  # type: ignore[misc]
+    for flag in ("--lora", "--vae", "--denoiser", "--control", "--ip-adapter"):
+        results[f"addition: {flag}"] = watched(lambda flag=flag: generate(good, flag, CLIMBS))  # type: ignore[misc]
+    results["addition: --embedding"] = watched(lambda: generate(good, "--embedding", f"<a>={CLIMBS}"))
     return results
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from published import make, shaken, their_picture
 from safetensors.torch import load_file, save_file
 
@@ -144,6 +144,42 @@ def test_pictures_of_flows_equal_diffusers(flowing: Saved, tmp_path: Path) -> No
         save_file(load_file(file), bare)
         [again] = sfumato.load(bare).generate(PROMPT, **request)
         assert np.array_equal(again.pixels, picture.pixels)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "change"),
+    [
+        ("sd1", DDIMScheduler, {"beta_schedule": "squaredcos_cap_v2"}),
+        ("sd2", DDIMScheduler, {"trained_betas": [1e-4 + 2e-5 * i for i in range(700)], "num_train_timesteps": 700}),
+        ("sd2", DDIMScheduler, {"prediction_type": "sample", "beta_schedule": "linear"}),
+        (
+            "sdxl",
+            DDIMScheduler,
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        ),
+        ("sd3", FlowMatchEulerDiscreteScheduler, {"use_dynamic_shifting": True, "base_image_seq_len": 4}),
+        ("flux", FlowMatchEulerDiscreteScheduler, {"use_dynamic_shifting": True, "time_shift_type": "linear"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else str(value),
+)
+def test_what_schedulers_state_is_followed(family: str, scheduler: Any, change: dict[str, Any], tmp_path: Path) -> None:
+    theirs = make(family, 1)
+    discrete = {"clip_sample": False, "set_alpha_to_one": True} if scheduler is DDIMScheduler else {}
+    theirs.scheduler = scheduler(**discrete, **change)
+    theirs.save_pretrained(tmp_path / "model")
+    ours = sfumato.load(tmp_path / "model")
+    side = 8 * ours.model.factor
+    request: dict[str, Any] = {**SETTINGS, "seed": 5, "width": side, "height": side}
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 4.0}
+    if discrete:
+        request["spacing"] = change.get("timestep_spacing", "leading")
+    else:
+        request |= {"sampler": "flow-euler", "spacing": "shift"}
+        asked |= {"sigmas": [1.0, 0.75, 0.5, 0.25], "max_sequence_length": 256 if family == "sd3" else 512}
+    [picture] = ours.generate(PROMPT, **request)
+    expected = their_picture(theirs, 5, ours.model.channels, side, ours.model.factor, **asked)
+    assert picture.pixels.std() > 5, "a flat picture proves nothing"
+    assert np.abs(picture.pixels.astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("seed", range(3))

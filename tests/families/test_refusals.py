@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import sfumato
 from sfumato.checkpoints.single_file import METADATA
 from sfumato.cli.convert import main
-from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.errors import BadCheckpoint, BadRequest, NoResources
 from sfumato.families import describe
 from sfumato.families.convert import convert
 
@@ -47,6 +47,8 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "no autoencoder": (without(VAE), "without its vae"),
     "an extra tensor": (plus(UNET + "motion.0.weight", 2), "no place in a sd1 model: .*motion.0.weight"),
     "a misshaped tensor": (plus(UNET + "out.0.bias", 5), "1 misshaped: conv_norm_out.bias"),
+    "EDM's form": (plus("edm_mean", 4), "EDM's form"),
+    "no word in any layer": (without("attn2"), "unet is not whole"),
     "a LoRA": (lambda _: {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, "LoRA"),
     "one network": (lambda _: {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(2)}, "whole folder"),
     "an autoencoder": (lambda _: {"encoder.down.0.block.0.conv1.weight": torch.zeros(2)}, "autoencoder alone"),
@@ -86,6 +88,7 @@ def test_damaged_metadata_are_refused(stated: str, single: Path, tmp_path: Path)
         ("text_encoder", {"vocab_size": 40}, "tokenizer has 49408 pieces"),
         ("scheduler", {"prediction_type": "noise"}, "prediction type 'noise'"),
         ("scheduler", {"beta_schedule": "spiral"}, "noise schedule 'spiral'"),
+        ("scheduler", {"_class_name": "EDMEulerScheduler"}, "EDM's form"),
     ],
 )
 def test_configurations_that_cannot_be_followed_are_refused(
@@ -129,6 +132,11 @@ def test_the_command_converts_and_leaves_what_exists(single: Path, tmp_path: Pat
         main([str(single), str(tmp_path / "model")])
     with pytest.raises(BadCheckpoint, match="exists already"):
         main([str(tmp_path / "model"), str(single)])
+    with pytest.raises(BadRequest, match=r"must end in \.safetensors"):
+        main([str(tmp_path / "model"), str(tmp_path / "model.ckpt")])
+    if Path("/proc/self").exists():
+        with pytest.raises(NoResources, match="cannot write /proc/"):
+            main([str(tmp_path / "model"), "/proc/model.safetensors"])
 
 
 def test_info_tells_what_does_not_match_without_reading_it(single: Path, tmp_path: Path) -> None:

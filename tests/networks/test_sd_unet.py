@@ -76,7 +76,12 @@ def test_equals_diffusers(seed: int, kind: str) -> None:
         {"mid_block_type": None},
         {"mid_block_type": "UNetMidBlock2D"},
         {"only_cross_attention": [True, False]},
-        {"transformer_layers_per_block": [[1, 2], [2]], "reverse_transformer_layers_per_block": [[1, 1, 2], [2, 1, 1]]},
+        {"transformer_layers_per_block": [1, 2], "reverse_transformer_layers_per_block": [2, 1]},
+        {
+            "reverse_transformer_layers_per_block": [[1, 2], [2, 1, 1]],
+            "transformer_layers_per_block": [[1, 2], [2]],
+            "layers_per_block": [2, 1],
+        },
         {"cross_attention_dim": [12, 12], "layers_per_block": [1, 2]},
         {"num_class_embeds": 10},
         {"time_cond_proj_dim": 16},
@@ -96,9 +101,6 @@ def test_rarer_variants_equal_diffusers(more: dict[str, Any]) -> None:
         "norm_num_groups": 4,
         **more,
     }
-    if isinstance(config.get("transformer_layers_per_block"), list):
-        config |= {"layers_per_block": [2, 1]}
-        config |= {"transformer_layers_per_block": [1, 2], "reverse_transformer_layers_per_block": [2, 1]}
     theirs, ours = same_weights(0, config)
     x, clock, context = torch.randn(2, 4, 8, 8), torch.tensor([801, 40]), torch.randn(2, 5, 12)
     given: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from transformers import T5Config as TheirT5Config
 
 from sfumato.families.configs import clip_config, t5_config
+from sfumato.networks.clip import ACTIVATIONS
 from sfumato.text.clip import CLIPText
 from sfumato.text.t5 import T5Encoder
 
@@ -28,7 +29,7 @@ def test_clip_equals_transformers(seed: int, projected: bool) -> None:
         num_attention_heads=heads,
         max_position_embeddings=r.choice([9, 13]),
         projection_dim=r.choice([7, 16]),
-        hidden_act=r.choice(["gelu", "quick_gelu"]),
+        hidden_act=[*ACTIVATIONS][2 * seed + projected],
         bos_token_id=57,
         eos_token_id=r.choice([2, 58]),
     )
@@ -49,7 +50,7 @@ def test_clip_equals_transformers(seed: int, projected: bool) -> None:
     torch.testing.assert_close(out.pooled, expected.text_embeds if projected else expected.pooler_output, **close)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 @torch.inference_mode()
 def test_t5_equals_transformers(seed: int) -> None:
     r = random.Random(seed)
@@ -60,7 +61,7 @@ def test_t5_equals_transformers(seed: int) -> None:
         d_ff=r.choice([20, 40]),
         num_layers=r.choice([1, 3]),
         num_heads=r.choice([2, 3]),
-        feed_forward_proj="gated-gelu" if seed % 2 else "relu",
+        feed_forward_proj=["relu", "gated-gelu", "gelu", "gated-silu", "gated-gelu_new"][seed],
         relative_attention_num_buckets=r.choice([8, 32]),
         relative_attention_max_distance=r.choice([20, 128]),
     )

@@ -160,7 +160,7 @@ def _key(name: str) -> str:
     name = name.removeprefix("base_model.model.")
     name = re.sub(r"^(diffusion_model|model\.diffusion_model)\.", "lora_unet_", name)
     name = re.sub(r"^(unet|transformer)\.", "lora_unet_", name)
-    name = re.sub(r"^lora_transformer_", "lora_unet_", name)
+    name = re.sub(r"^(lora_transformer|lycoris)_", "lora_unet_", name)
     name = re.sub(r"^text_encoder\.", "lora_te1_", name)
     name = re.sub(r"^text_encoder_(\d)\.", r"lora_te\1_", name)
     name = re.sub(r"^lora_te_", "lora_te1_", name)
@@ -253,11 +253,13 @@ def delta(parts: Mapping[str, Tensor]) -> Tensor:
 
 def _rescaled(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
     """W + ΔW with the length of each row, or of each column, set to a magnitude."""
+    import torch
+
     new = weight + change.reshape(weight.shape)
     rows = magnitude.numel() == len(new) and (magnitude.ndim < 2 or magnitude.shape[0] == len(new) or new.ndim > 2)
     axes = [d for d in range(new.ndim) if d != (0 if rows else 1)]
     shape = [n if d not in axes else 1 for d, n in enumerate(new.shape)]
-    return new * (magnitude.reshape(shape) / new.norm(dim=axes, keepdim=True))
+    return new * (magnitude.reshape(shape) / torch.linalg.vector_norm(new, dim=axes, keepdim=True))
 
 
 def _product(up: Tensor, down: Tensor, core: Tensor | None, swapped: bool = False) -> Tensor:

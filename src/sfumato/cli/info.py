@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato.cli.flags import add_json_flag, add_reading_flags
 from sfumato.console import Parser, print_json, printable
 from sfumato.errors import BadCheckpoint
+from sfumato.files import climbs
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.tensors import Header
@@ -53,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
 def _is_picture(path: Path) -> bool:
     from sfumato.pipeline.picture import is_png
 
+    if climbs(path) and path.suffix.lower() != ".png":
+        return False
     try:
         return path.is_file() and is_png(path)
     except (OSError, ValueError):  # a name may be too long for a file's, or hold a zero byte

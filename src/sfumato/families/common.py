@@ -325,6 +325,8 @@ def schedule(config: Json) -> Discrete:
     zero_snr = bool(config.get("rescale_betas_zero_snr"))
     if str(config.get("_class_name")).startswith("EDM"):
         raise BadCheckpoint(f"its scheduler, {config['_class_name']}, is for networks in EDM's form: not supported")
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        raise BadCheckpoint("its scheduler gives the network ln(σ)/4 as its clock (timestep_type): not supported")
     try:
         if config.get("trained_betas") is not None:
             return from_betas(config["trained_betas"], zero_snr=zero_snr)
@@ -434,7 +436,7 @@ def assemble_unet(
         "spacings": spacings(scheduler),
         "defaults": usual_unet(scheduler, network, steps, guidance, side(model.config("unet"), vae, pixels)),
     }
-    return assemble(model, name, family, network, vae, prediction, **{**shared, **own})
+    return assemble(model, name, family, network, vae, prediction, left_out(scheduler), **{**shared, **own})
 
 
 def matched(reports: Mapping[str, LoadReport]) -> dict[str, str]:
@@ -470,6 +472,12 @@ def usual_spacing(config: Json) -> str:
 def spacings(config: Json) -> Callable[[int, int], Mapping[str, Mapping[str, float]]]:
     """The settings of spacings that a scheduler's configuration states, at any size of picture."""
     return lambda width, height: {"leading": {"offset": float(config.get("steps_offset", 0))}}
+
+
+def left_out(config: Json) -> dict[str, str]:
+    """What a scheduler's configuration states for its sampler that no request here does, for the card."""
+    names = [name for name in ("clip_sample", "thresholding") if config.get(name)]
+    return {"not followed": f"the scheduler's {' and '.join(names)}: samples stay as they are"} if names else {}
 
 
 def few_steps(config: Json) -> bool:

@@ -65,6 +65,7 @@ def load(model: Published, name: str) -> Model:
         Mean(network),
         vae,
         why,
+        common.left_out(scheduler),
         encode=encode,
         schedule=common.schedule(scheduler),
         parameterization=meaning,

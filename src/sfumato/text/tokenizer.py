@@ -111,8 +111,11 @@ def packaged_clip() -> Tokenizer:
 def clip_words(texts: Mapping[str, str], length: int, pad: int | None = None) -> Words:
     """CLIP's tokenizer from its files' texts by name, or the packaged one if there is no vocabulary among them.
 
-    ``pad`` is for the packaged one, whose users pad in different ways, where the texts do not say. Raises
-    BadCheckpoint for texts that cannot be read.
+    Args:
+        length: how many ids the encoder takes at once, if the texts do not state fewer.
+        pad: of the packaged one, whose users pad in different ways, where the texts do not say.
+
+    Raises BadCheckpoint for texts that cannot be read.
     """
     added = _json(texts, ADDED_WORDS)
     settings = _json(texts, "special_tokens_map.json") | _json(texts, "tokenizer_config.json")
@@ -124,6 +127,9 @@ def clip_words(texts: Mapping[str, str], length: int, pad: int | None = None) ->
     )
     if packaged and pad is not None and "pad_token" not in settings:
         padding = pad
+    stated = settings.get("model_max_length")
+    if isinstance(stated, int) and 2 < stated < length:
+        length = stated
     return Words(tokenizer, start, end, padding, length, added)
 
 
