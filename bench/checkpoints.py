@@ -69,7 +69,7 @@ def caller(engine: str, model: Any, side: int) -> Call:
 
 
 def pairs(folder: str, side: int, threads: int, n: int, dtype: str) -> None:
-    """Call both denoisers in turn, after each was called until its weights are in memory, and print the ratios."""
+    """Call both denoisers in turn, once their weights are in memory, and print the times."""
     import torch
 
     torch.set_num_threads(threads)
@@ -77,21 +77,25 @@ def pairs(folder: str, side: int, threads: int, n: int, dtype: str) -> None:
     with torch.inference_mode():
         for engine in ("sfumato", "diffusers"):
             import_engine(engine)
-            calls.append(caller(engine, load(engine, folder, dtype), side))
-            for _ in range(5 if engine == "sfumato" else 1):
-                calls[-1]()
-        rows = []
-        for _ in range(n):
-            seconds = []
-            for call in calls:
-                begin = time.process_time()
-                call()
-                seconds.append(time.process_time() - begin)
-            rows.append(seconds)
-            print(f"{seconds[0]:.2f} s of the CPU against {seconds[1]:.2f}: {seconds[0] / seconds[1]:.3f}", flush=True)
-    least = [min(column) for column in zip(*rows, strict=True)]
-    print(f"{dtype}, {side}x{side}, {threads} threads, {n} pairs: median ratio {median(a / b for a, b in rows):.3f},")
-    print(f"least {least[0]:.2f} against {least[1]:.2f}: {least[0] / least[1]:.3f}")
+            model = load(engine, folder, dtype)
+            small = caller(engine, model, 64)
+            for _ in range(6):
+                small()
+            calls.append(caller(engine, model, side))
+        rows: list[list[float]] = []  # of the clock and of the CPU, ours and theirs
+        for i in range(n):
+            row = [0.0] * 4
+            for k in (0, 1) if i % 2 == 0 else (1, 0):
+                wall, cpu = time.perf_counter(), time.process_time()
+                calls[k]()
+                row[k], row[2 + k] = time.perf_counter() - wall, time.process_time() - cpu
+            rows.append(row)
+            print(" ".join(f"{seconds:.2f}" for seconds in row), flush=True)
+    print(f"{dtype}, {side}x{side}, {threads} threads, {n} pairs of calls, seconds, sfumato / diffusers, and their ratio")
+    for name, k in (("clock", 0), ("CPU", 2)):
+        ratio, (ours, theirs) = median(r[k] / r[k + 1] for r in rows), zip(*(r[k : k + 2] for r in rows), strict=True)
+        print(f"{name}: median {median(ours):.2f} / {median(theirs):.2f}, of the ratios {ratio:.3f}; ", end="")
+        print(f"least {min(ours):.2f} / {min(theirs):.2f}: {min(ours) / min(theirs):.3f}")
 
 
 def measure(engine: str, folder: str, side: int, threads: int, steps: int) -> dict[str, float]:

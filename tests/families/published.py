@@ -26,6 +26,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -125,6 +126,8 @@ def make(family: str, seed: int) -> DiffusionPipeline:
         return make_flux(r, guided=seed % 2 == 1)
     if family == "dit":
         return make_dit(r)
+    if family == "sdxl-refiner":
+        return make_refiner(r)
     if family == "sdxl":
         widths = [64 * r.choice([1, 2]) for _ in range(2)]
         second = text_config(r, projection=32, hidden_act="gelu")
@@ -182,6 +185,35 @@ def make(family: str, seed: int) -> DiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def make_refiner(r: random.Random) -> StableDiffusionXLImg2ImgPipeline:
+    widths = [64 * r.choice([1, 2]) for _ in range(3)]
+    network = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=64,
+        attention_head_dim=heads(widths),
+        transformer_layers_per_block=r.choice([1, 2]),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 5 * 8,
+    )
+    return StableDiffusionXLImg2ImgPipeline(
+        vae=vae(r, scaling_factor=0.13025),
+        text_encoder=None,
+        text_encoder_2=shaken(CLIPTextModelWithProjection(text_config(r, projection=32, hidden_act="gelu"))),
+        tokenizer=None,
+        tokenizer_2=clip_tokenizer("!"),
+        unet=shaken(network),
+        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
     )
 
 

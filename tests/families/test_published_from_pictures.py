@@ -14,6 +14,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, UNe
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from published import make, shaken
+from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato.families.convert import convert
@@ -40,7 +41,7 @@ def patch_mask(side: int, factor: int) -> Image.Image:
 
 def asked(family: str, seed: int, distilled: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of ours and of theirs."""
-    if family in ("sd1", "sd2", "sdxl"):
+    if family.startswith("sd") and family != "sd3":
         return {"sampler": "ddim", "spacing": "leading", "guidance": 4.0}, {"guidance_scale": 4.0}
     w = 3.5 if family == "sd3" or distilled else 1.0
     theirs: dict[str, Any] = {"guidance_scale": w, "sigmas": [1 - i / STEPS for i in range(STEPS)]}
@@ -87,7 +88,7 @@ def _one_of_each(request: pytest.FixtureRequest, soak: bool) -> None:
         pytest.skip("with --soak")
 
 
-@pytest.mark.parametrize(("family", "seed"), CASES)
+@pytest.mark.parametrize(("family", "seed"), [*CASES, *(("sdxl-refiner", seed) for seed in range(3))])
 def test_image_to_image_equals_diffusers(
     family: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +107,13 @@ def test_image_to_image_equals_diffusers(
     assert np.abs(picture.pixels.astype(int) - expected).max() <= 2
     [other] = ours.generate(PROMPT, **mine)
     assert np.abs(picture.pixels.astype(int) - other.pixels).max() > 20, "the picture to start from is seen"
+    file = convert(tmp_path / "model", tmp_path / "model.safetensors")
+    [again] = sfumato.load(file).generate(PROMPT, init=init, strength=strength, **mine)
+    assert np.array_equal(again.pixels, picture.pixels)
+    if family == "sdxl-refiner":
+        save_file(load_file(file), tmp_path / "bare.safetensors")
+        [again] = sfumato.load(tmp_path / "bare.safetensors").generate(PROMPT, init=init, strength=strength, **mine)
+        assert np.array_equal(again.pixels, picture.pixels)
 
 
 @pytest.mark.parametrize(("family", "seed"), CASES)

@@ -200,7 +200,8 @@ def _described(path: Path, layout: Layout, shapes: Shapes) -> dict[str, Any]:
     configs["vae"] |= layout.latents
     if layout.family == "sdxl":
         u, text = configs["unet"], configs["text_encoder_2"]
-        u["addition_time_embed_dim"] = (u["projection_class_embeddings_input_dim"] - text["projection_dim"]) // 6
+        sizes = 5 if layout.index.get("requires_aesthetics_score") else 6
+        u["addition_time_embed_dim"] = (u["projection_class_embeddings_input_dim"] - text["projection_dim"]) // sizes
     return configs
 
 
@@ -515,6 +516,27 @@ LAYOUTS: tuple[Layout, ...] = (
                 "scheduler": "EulerDiscreteScheduler",
             },
             force_zeros_for_empty_prompt=True,
+        ),
+        {**_DISCRETE, "_class_name": "EulerDiscreteScheduler"},
+        {"scaling_factor": 0.13025},
+    ),
+    Layout(  # the refiner
+        "sdxl",
+        "conditioner.embedders.0.model.positional_embedding",
+        (_UNET, _VAE, Part("text_encoder_2", "conditioner.embedders.0.model.", keymaps.open_clip, describe_open_clip)),
+        _index(
+            "StableDiffusionXLImg2ImgPipeline",
+            {
+                "unet": "UNet2DConditionModel",
+                "vae": "AutoencoderKL",
+                "text_encoder_2": "CLIPTextModelWithProjection",
+                "tokenizer_2": "CLIPTokenizer",
+                "scheduler": "EulerDiscreteScheduler",
+            },
+            force_zeros_for_empty_prompt=False,
+            requires_aesthetics_score=True,
+            text_encoder=[None, None],
+            tokenizer=[None, None],
         ),
         {**_DISCRETE, "_class_name": "EulerDiscreteScheduler"},
         {"scaling_factor": 0.13025},

@@ -44,10 +44,10 @@ def convert(source: Path, target: Path, variant: str | None = None, *, allow_pic
 def layout_of(model: Published) -> Layout:
     """The layout of single files that a folder's parts fit into; BadCheckpoint if there is none."""
     family, _ = recognize(model)
-    for layout in LAYOUTS:
-        if layout.family == family:
-            return layout
-    raise BadCheckpoint(f"{model.path}: there is no single-file form for a model of the family {family}")
+    layouts = [layout for layout in LAYOUTS if layout.family == family]
+    if not layouts:
+        raise BadCheckpoint(f"{model.path}: there is no single-file form for a model of the family {family}")
+    return min(layouts, key=lambda own: sum(p.component not in model.tensors for p in own.parts if not p.optional))
 
 
 VOCABULARY_FILES = frozenset({"tokenizer.json", "vocab.json", "merges.txt"})
