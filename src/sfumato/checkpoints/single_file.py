@@ -192,7 +192,10 @@ def _described(path: Path, layout: Layout, shapes: Shapes) -> dict[str, Any]:
             configs[""].pop(part.component, None)
             continue
         if not own:
-            raise BadCheckpoint(f"{path}: a {layout.family} file, but without its {part.component} ({part.prefix}*)")
+            raise BadCheckpoint(
+                f"{path}: a {layout.family} file, but without its {part.component} ({part.prefix}*): take a file that "
+                "holds the whole model, or a whole model and this file beside it (--denoiser FILE)"
+            )
         try:
             configs[part.component] = part.describe(own)
         except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
@@ -227,6 +230,15 @@ def describe_foreign(shapes: Shapes) -> str:
         (r"(^| )ip_adapter\.\d", "an IP-Adapter, which guides a model and is none (--ip-adapter FILE)"),
         (r"lora_(unet|te|down|A)|lora\.(down|up)|hada_w1|lokr_w1", "a LoRA, which is added to a model and is none"),
         (r"input_hint_block|controlnet_cond_embedding", "a ControlNet, which guides a model and is none"),
+        (
+            r"(^| )(model\.diffusion_model|double_blocks|joint_blocks|input_blocks)\.",
+            "a denoiser without its text towers: take a file that holds the whole model, or a whole model and this "
+            "file beside it (--denoiser FILE)",
+        ),
+        (
+            r"(^| )(text_model\.|embeddings\.token_embedding|encoder\.block\.0|shared\.weight)",
+            "a text tower alone: load the whole folder instead",
+        ),
         (r"down_blocks\.|transformer_blocks\.", "one network of a folder: load the whole folder instead"),
         (r"(^| )emb_params|string_to_param|(^| )clip_[lg]( |$)", "a textual inversion, which is a word and no model"),
         (r"encoder\.down\.|decoder\.up\.", "an autoencoder alone, and no whole model"),
@@ -262,7 +274,8 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
         depths_up.append(count(s, rf"output_blocks\.{k}\.1\.transformer_blocks\.(\d+)\."))
         k += n + 1
     middle = count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
-    attn = next(name for name in sorted(s) if name.endswith("attn2.to_k.weight"))
+    words = "attn2.to_k.weight"
+    attn = next((name for name in sorted(s) if name.endswith(words)), words)
     linear = len(s["middle_block.1.proj_in.weight"]) == 2
     vector = s["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in s else 0
     layers = [*depths[:-1], middle or depths[-1]]

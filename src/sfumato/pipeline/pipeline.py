@@ -379,7 +379,8 @@ class Pipeline:
                 y = way(x.to(dtype))
             if x.isfinite().all() and y.isfinite().all():
                 return y.float()
-        raise BadCheckpoint(f"model {self.model.name!r} made NaN instead of a picture, also in a wider type")
+        why = _damage(way.network) if isinstance(way, Way) else "its autoencoder is damaged"
+        raise BadCheckpoint(f"model {self.model.name!r} made NaN instead of a picture, also in a wider type: {why}")
 
     def _shape(self, request: Request) -> tuple[int, int, int]:
         width, height = request.size
