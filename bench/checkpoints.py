@@ -91,7 +91,7 @@ def pairs(folder: str, side: int, threads: int, n: int, dtype: str) -> None:
                 row[k], row[2 + k] = time.perf_counter() - wall, time.process_time() - cpu
             rows.append(row)
             print(" ".join(f"{seconds:.2f}" for seconds in row), flush=True)
-    print(f"{dtype}, {side}x{side}, {threads} threads, {n} pairs of calls, seconds, sfumato / diffusers, and their ratio")
+    print(f"{dtype}, {side}x{side}, {threads} threads, {n} pairs of calls: seconds, sfumato / diffusers, their ratio")
     for name, k in (("clock", 0), ("CPU", 2)):
         ratio, (ours, theirs) = median(r[k] / r[k + 1] for r in rows), zip(*(r[k : k + 2] for r in rows), strict=True)
         print(f"{name}: median {median(ours):.2f} / {median(theirs):.2f}, of the ratios {ratio:.3f}; ", end="")

@@ -195,7 +195,9 @@ def test_a_dora_sets_the_length_of_rows_or_columns(kernel: int, rows: bool, tmp_
     own, size = torch.randn(6, 4, *(kernel, kernel)[:kernel]), (kernel, kernel)[:kernel]
     up, down = torch.randn(6, 2, *(1, 1)[:kernel]), torch.randn(2, 4, *size)
     magnitude = torch.rand(6 if rows else 4).reshape(-1 if rows else 1, 1 if rows else -1, *(1, 1)[:kernel])
-    names = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(1.0), "dora_scale": magnitude}
+    names = {"lora_B.weight": up, "lora_A.weight": down, "alpha": torch.tensor(1.0), "lora_magnitude_vector": magnitude}
+    if not rows:  # as LyCORIS has it
+        names["dora_scale"] = names.pop("lora_magnitude_vector")
     save_file({f"lora_unet_conv_in.{k}": t for k, t in names.items()}, tmp_path / "dora.safetensors")
     model = Published(tmp_path, "folder", {"unet": {}}, {"unet": {"conv_in.weight": own}})
     addition = read_lora(tmp_path / "dora.safetensors")

@@ -42,7 +42,7 @@ PARTS = {
     "alpha": "alpha", "diff": "diff", "diff_b": "diff_b",
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    "dora_scale": "dora_scale", "lora_magnitude_vector.weight": "dora_scale",
+    "dora_scale": "dora_scale", "lora_magnitude_vector": "dora_scale", "lora_magnitude_vector.weight": "dora_scale",
 }  # fmt: skip
 _PART = re.compile(r"(.+)\.(" + "|".join(re.escape(p) for p in sorted(PARTS, key=len, reverse=True)) + ")")
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")  # diffusers of old
