@@ -112,6 +112,7 @@ def run(good: Path) -> dict[str, Any]:
         file.write_bytes(content)
         results[f"pickle, not allowed: {kind}"] = watched(lambda: generate(file))
         results[f"pickle, allowed: {kind}"] = watched(lambda: unpickled(file))
+    watched(lambda: main(["info", "warm"]))  # it is imported when it is first asked for
     for name in NAMES:
         results[f"name: {name[:40]!a}"] = watched(lambda name=name: generate(name))  # type: ignore[misc]
         results[f"name: {name[:40]!a} for info"] = watched(lambda name=name: main(["info", name]))  # type: ignore[misc]

@@ -14,11 +14,15 @@ from published import make, shaken, their_picture
 from safetensors.torch import load_file, save_file
 
 import sfumato
+from sfumato.checkpoints import keymaps
 from sfumato.checkpoints.folder import read_folder
-from sfumato.checkpoints.single_file import read_single_file
+from sfumato.checkpoints.keymaps import to_theirs
+from sfumato.checkpoints.single_file import describe_unet, read_single_file
 from sfumato.errors import BadRequest
 from sfumato.families import common, describe
+from sfumato.families.configs import sd_unet_config
 from sfumato.families.convert import convert
+from sfumato.networks.sd_unet import SDUNet
 from sfumato.pipeline.noise import start
 
 PROMPT, NEGATIVE = "an astronaut riding a horse, oil painting", "blurry"
@@ -144,6 +148,29 @@ def test_pictures_of_flows_equal_diffusers(flowing: Saved, tmp_path: Path) -> No
         save_file(load_file(file), bare)
         [again] = sfumato.load(bare).generate(PROMPT, **request)
         assert np.array_equal(again.pixels, picture.pixels)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"transformer_layers_per_block": [1, 2]},
+        {"transformer_layers_per_block": [1, 2], "reverse_transformer_layers_per_block": [2, 3]},
+        {"transformer_layers_per_block": [[1, 2], [2, 3]], "reverse_transformer_layers_per_block": [1, [3, 1, 1]]},
+        {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "layers_per_block": [1, 2]},
+        {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "mid_block_type": "UNetMidBlock2D"},
+    ],
+    ids=str,
+)
+def test_shapes_tell_the_configuration_of_a_unet(more: dict[str, Any]) -> None:
+    config = {
+        "block_out_channels": [64, 128], "layers_per_block": 2, "cross_attention_dim": 16, "attention_head_dim": [1, 2],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+        "use_linear_projection": True, **more,
+    }  # fmt: skip
+    with torch.device("meta"):
+        tensors = SDUNet(sd_unet_config(config)).state_dict()
+    shapes = {k: tuple(t.shape) for k, t in to_theirs(tensors, keymaps.unet(config)).items()}
+    assert sd_unet_config(describe_unet(shapes)) == sd_unet_config(config)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,8 @@ def controlnet(config: Json) -> Iterator[Place]:
     """A ControlNet under the names of latent diffusion's U-Net."""
     types = config["down_block_types"]
     up = ["CrossAttnUpBlock2D" if "CrossAttn" in t else "UpBlock2D" for t in reversed(types)]
-    for place in unet({**config, "up_block_types": up}):
+    no_way_up = {"up_block_types": up, "reverse_transformer_layers_per_block": [1] * len(types)}
+    for place in unet({**config, **no_way_up}):
         if not place.theirs.startswith(("output_blocks.", "out.")):
             yield place
     hints = 2 * len(config["conditioning_embedding_out_channels"])

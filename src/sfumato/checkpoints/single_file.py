@@ -258,7 +258,7 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
     """Latent diffusion's U-Net."""
     widths: list[int] = []
     blocks: list[int] = []
-    depths: list[int] = []
+    depths: list[list[int]] = []  # of each residual block
     new, width = True, 0
     for k in range(1, count(s, r"input_blocks\.(\d+)\.")):
         if f"input_blocks.{k}.0.op.weight" in s:
@@ -266,33 +266,35 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
             continue
         width = s[f"input_blocks.{k}.0.in_layers.2.weight"][0]
         if new:
-            widths, blocks, depths, new = [*widths, width], [*blocks, 0], [*depths, 0], False
+            widths, blocks, depths, new = [*widths, width], [*blocks, 0], [*depths, []], False
         blocks[-1] += 1
-        depths[-1] = count(s, rf"input_blocks\.{k}\.1\.transformer_blocks\.(\d+)\.")
-    depths_up, k = [], 0
+        depths[-1].append(count(s, rf"input_blocks\.{k}\.1\.transformer_blocks\.(\d+)\."))
+    depths_up: list[list[int]] = []
+    k = 0
     for n in reversed(blocks):
-        depths_up.append(count(s, rf"output_blocks\.{k}\.1\.transformer_blocks\.(\d+)\."))
+        own = range(k, k + n + 1)
+        depths_up.append([count(s, rf"output_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in own])
         k += n + 1
     middle = count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     words = "attn2.to_k.weight"
     attn = next((name for name in sorted(s) if name.endswith(words)), words)
-    linear = len(s["middle_block.1.proj_in.weight"]) == 2
+    linear = len(s[f"{attn.partition('.transformer_blocks.')[0]}.proj_in.weight"]) == 2
     vector = s["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in s else 0
-    layers = [*depths[:-1], middle or depths[-1]]
+    # A resolution without attention needs a number all the same.
+    layers, layers_up = ([_one_for_all([d or 1 for d in level]) for level in levels] for levels in (depths, depths_up))
+    if not any(depths[-1]):
+        layers[-1] = middle or 1
     return {
         "_class_name": "UNet2DConditionModel",
         "in_channels": s["input_blocks.0.0.weight"][1],
         "out_channels": s["out.2.weight"][0],
         "block_out_channels": widths,
         "layers_per_block": blocks[0] if len(set(blocks)) == 1 else blocks,
-        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
-        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in depths_up],
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        # A resolution without attention needs a number all the same.
-        "transformer_layers_per_block": [d or 1 for d in layers],
-        "reverse_transformer_layers_per_block": (
-            None if [d or 1 for d in depths_up] == [d or 1 for d in layers[::-1]] else [d or 1 for d in depths_up]
-        ),
+        "down_block_types": ["CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in depths],
+        "up_block_types": ["CrossAttnUpBlock2D" if any(d) else "UpBlock2D" for d in depths_up],
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        "transformer_layers_per_block": layers,
+        "reverse_transformer_layers_per_block": None if layers_up == layers[::-1] else layers_up,
         "cross_attention_dim": s[attn][1],
         "use_linear_projection": linear,
         "attention_head_dim": [max(1, w // 64) for w in widths] if linear else 8,
@@ -304,6 +306,10 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
         "time_cond_proj_dim": s["time_embed.cond_proj.weight"][1] if "time_embed.cond_proj.weight" in s else None,
         "sample_size": 64,
     }
+
+
+def _one_for_all(numbers: list[int]) -> int | list[int]:
+    return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def describe_autoencoder(s: Shapes) -> dict[str, Any]:

@@ -113,8 +113,10 @@ def sd_unet_config(c: Json) -> SDUNetConfig:
 def controlnet_config(c: Json) -> ControlNetConfig:
     """A ControlNet, from a ``ControlNetModel``'s configuration."""
     _only(c, controlnet_conditioning_channel_order="rgb", global_pool_conditions=False)
+    own = {k: v for k, v in c.items() if k not in ("out_channels", "up_block_types")}
+    no_way_up = {"reverse_transformer_layers_per_block": [1] * len(c.get("block_out_channels", range(4)))}
     return ControlNetConfig(
-        unet=sd_unet_config({k: v for k, v in c.items() if k not in ("out_channels", "up_block_types")}),
+        unet=sd_unet_config({**own, **no_way_up}),
         hint_channels=c.get("conditioning_channels", 3),
         hint_widths=tuple(c.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)),
     )
