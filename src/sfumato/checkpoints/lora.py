@@ -85,7 +85,7 @@ PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header
 
 
-def _settings(path: Path, allow_pickle: bool) -> dict[str, Json]:
+def _settings(path: Path, allow_pickle: bool) -> Mapping[str, Json]:
     """What diffusers and PEFT state beside the tensors, by the beginning of the modules' names to which it applies."""
     stated = weights_header(path, allow_pickle=allow_pickle).metadata.get(METADATA)
     if stated is None:
