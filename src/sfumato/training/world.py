@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ T = TypeVar("T")
 ERRORS = {kind.exit_code: kind for kind in (BadRequest, BadCheckpoint, BadData, NoResources)}
 # What the transports of gloo and nccl say when the process at the other end has died.
 LOST = re.compile(r"closed by peer|reset by peer|broken pipe|\bgloo\b|\bnccl\b", re.IGNORECASE)
+
+# The caches of FSDP's tensors keep the group and its threads to the end of the interpreter, which aborts the process
+# (SIGABRT) where one of them has yet to drop a Python tensor of its last work; seconds for it to do so.
+LET_GO = 0.2
 
 
 @dataclass(frozen=True)
@@ -164,3 +169,4 @@ def joined(device: str) -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
+        time.sleep(LET_GO)
