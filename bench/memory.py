@@ -100,13 +100,15 @@ def configs(family: str, blocks: list[int]) -> dict[str, dict[str, Any]]:
             "unet": unet, "vae": vae(4, scaling_factor=0.13025), "text_encoder": CLIP_L, "text_encoder_2": CLIP_G,
             "scheduler": DISCRETE,
         }  # fmt: skip
-    if family == "sd3":
+    if family in ("sd3", "sd35"):  # the medium ones
         transformer = {
             "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16,
             "out_channels": 16, "num_layers": blocks[0] if blocks else 24, "attention_head_dim": 64,
             "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
             "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
         }  # fmt: skip
+        if family == "sd35":
+            transformer |= {"pos_embed_max_size": 384, "dual_attention_layers": [*range(13)], "qk_norm": "rms_norm"}
         return {
             "": index("StableDiffusion3Pipeline", transformer="SD3Transformer2DModel", vae="AutoencoderKL",
                       text_encoder="CLIPTextModelWithProjection", text_encoder_2="CLIPTextModelWithProjection",

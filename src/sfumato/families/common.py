@@ -278,6 +278,13 @@ def t5(model: Published, component: str, tokenizer: str, length: int) -> LongTow
     return LongTower(build(model, component, T5Encoder, config), words)
 
 
+def no_t5(model: Published, component: str) -> str:
+    """Why a model's T5 encoder cannot be built, and what would help."""
+    if component not in model.tensors:
+        return "it holds no T5 encoder"
+    return "it holds a T5 encoder without its tokenizer.json: take a folder that has both, and of this --denoiser FILE"
+
+
 def _check_vocabulary(model: Published, component: str, words: Words, known: int) -> None:
     pieces = words.tokenizer.get_vocab_size()
     if pieces > known:

@@ -38,7 +38,7 @@ def load(model: Published, name: str) -> Model:
     tower = common.tower(model, "text_encoder", "tokenizer", projected=False)
     t5 = common.t5(model, "text_encoder_2", "tokenizer_2", 512 if config.guided else 256)
     if t5 is None:
-        raise BadCheckpoint(f"{model.path}: has no T5 encoder with its tokenizer.json, whose states FLUX needs")
+        raise BadCheckpoint(f"{model.path}: {common.no_t5(model, 'text_encoder_2')}, and FLUX reads its words by T5")
     common.check_width(model, "words", config.context_dim, t5.network.config.dim)
     common.check_width(model, "pooled words", config.pooled_dim, tower.network.config.dim)
     vae = common.autoencoder(model)
