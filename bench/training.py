@@ -179,6 +179,7 @@ def profiled(turns: Turns, settings: Settings, folder: Path) -> None:
 
 def diffusers(turns: Turns, settings: Settings, folder: Path) -> None:
     """The loop of diffusers' examples."""
+    peers.without_torchvision_kernels()
     from torch.utils.data import DataLoader
     from torchvision import transforms
 
@@ -197,6 +198,7 @@ def diffusers(turns: Turns, settings: Settings, folder: Path) -> None:
 
 def denoising_diffusion_pytorch(turns: Turns, settings: Settings, folder: Path) -> None:
     """denoising-diffusion-pytorch's Trainer."""
+    peers.without_torchvision_kernels()
     files = folder / "png"
     files.mkdir()
     for i, drawing in enumerate(as_images(drawings())):
@@ -240,7 +242,6 @@ Loop = Callable[[Turns, Settings, Path], None]
 def in_turns(loop: Loop, settings: Settings, pipe: Connection) -> None:
     """Run a loop in this process, a few steps whenever it is told to."""
     torch.set_num_threads(1)
-    peers.without_torchvision_kernels()
     turns = Turns(pipe)
     with TemporaryDirectory() as folder:
         turns.wait()
