@@ -140,6 +140,13 @@ def test_churn_never_leaves_the_schedule():
         assert seen[2].log_snr < path[1].log_snr  # but it did lift the second step
 
 
+def test_churn_lifts_each_step_by_its_share():
+    """EDM, algorithm 2, line 5: γ = S_churn/N, of N steps."""
+    path, seen = SPACINGS["karras"](EVERY["exploding"], 6), []
+    list(SAMPLERS["heun"](lambda x, p: seen.append(p) or MIXTURE(x, p), np.ones((1, 2)), path, fresh(), s_churn=0.6))
+    assert seen[2].sigma == pytest.approx(path[1].sigma * (1 + 0.6 / 6), rel=1e-9)
+
+
 def test_ddim_without_eta_draws_no_noise_and_ddpm_does():
     def never(x):
         raise AssertionError("drew noise")
@@ -199,6 +206,9 @@ def test_ddim_makes_an_inverted_picture_again(schedule, spacing):
     assert top.level == path[0]
     *_, back = SAMPLERS["ddim"](MIXTURE, top.x, path, fresh())
     assert np.abs(back.x - picture).max() < 1e-4
+    low, high = path[-3], path[-2]
+    [explicit] = SAMPLERS["ddim-inversion"](MIXTURE, picture, [high, low], fresh(), refine=0)
+    np.testing.assert_array_equal(explicit.x, MIXTURE(picture, low).at(high))
     *_, top = SAMPLERS["ddim-inversion"](MIXTURE, picture, path, fresh(), refine=1)
     *_, rough = SAMPLERS["ddim"](MIXTURE, top.x, path, fresh())
     assert np.abs(rough.x - picture).max() > 10 * np.abs(back.x - picture).max()

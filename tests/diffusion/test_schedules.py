@@ -103,6 +103,9 @@ def test_impossible_schedules_are_refused(alpha_bar):
 
 
 def test_impossible_ranges_are_refused():
-    for name, settings in [("flow", {"t_min": 0.0}), ("flow", {"t_max": 1.5}), ("exploding", {"sigma_min": 100.0})]:
+    empty = {"t_min": 0.5, "t_max": 0.5}
+    for name, settings in [
+        ("flow", {"t_min": 0.0}), ("flow", {"t_max": 1.5}), ("flow", empty), ("exploding", {"sigma_min": 100.0}),
+    ]:  # fmt: skip
         with pytest.raises(BadRequest):
             SCHEDULES[name](**settings)
