@@ -85,6 +85,8 @@ def test_damaged_metadata_are_refused(stated: str, single: Path, tmp_path: Path)
         ("unet", {"num_class_embeds": 10}, "told one of 10 classes"),
         ("unet", {"block_out_channels": [96, 96]}, "misshaped"),
         ("unet", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
+        ("unet", {"_class_name": "UNetMotionModel"}, "UNetMotionModel"),
+        ("vae", {"_class_name": "AutoencoderKLWan"}, "AutoencoderKLWan"),
         ("vae", {"latent_channels": 5}, "vae"),
         ("text_encoder", {"hidden_act": "tanh"}, "unknown activation"),
         ("text_encoder", {"vocab_size": 40}, "tokenizer has 49408 pieces"),

@@ -74,6 +74,7 @@ def sd_unet_config(c: Json) -> SDUNetConfig:
         conv_out_kernel=3, attention_type="default", class_embeddings_concat=False, cross_attention_norm=None,
         downsample_padding=1, mid_block_scale_factor=1, addition_embed_type=(None, "text_time"),
         mid_block_type=(None, "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), num_attention_heads=None,
+        _class_name=("UNet2DConditionModel", "ControlNetModel"),
     )  # fmt: skip
     widths = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(widths)
@@ -148,7 +149,7 @@ def clip_vision_config(c: Json) -> CLIPVisionConfig:
 @_reader("autoencoder")
 def autoencoder_config(c: Json) -> AutoencoderConfig:
     """The KL autoencoder, from an ``AutoencoderKL``'s configuration."""
-    _only(c, act_fn=("silu", "swish"))
+    _only(c, act_fn=("silu", "swish"), _class_name="AutoencoderKL")
     for types, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         for t in c.get(types, ()):
             _only({types: t}, **{types: known})
@@ -227,6 +228,7 @@ def t5_config(c: Json) -> T5Config:
 @_reader("DiT")
 def dit_config(c: Json) -> DiTConfig:
     """DiT, from a ``DiTTransformer2DModel``'s or a ``Transformer2DModel``'s configuration."""
+    _only(c, _class_name=("DiTTransformer2DModel", "Transformer2DModel"))
     _only(c, norm_type="ada_norm_zero", norm_elementwise_affine=False, activation_fn=("gelu-approximate", "gelu"))
     channels = c.get("in_channels", 4)
     return DiTConfig(
@@ -247,7 +249,7 @@ def dit_config(c: Json) -> DiTConfig:
 @_reader("MMDiT")
 def mmdit_config(c: Json) -> MMDiTConfig:
     """Stable Diffusion 3's transformer, from a ``SD3Transformer2DModel``'s configuration."""
-    _only(c, qk_norm=(None, "rms_norm"))
+    _only(c, qk_norm=(None, "rms_norm"), _class_name="SD3Transformer2DModel")
     heads, head_dim = c.get("num_attention_heads", 18), c.get("attention_head_dim", 64)
     _only({"caption_projection_dim": c.get("caption_projection_dim", 1152)}, caption_projection_dim=heads * head_dim)
     channels = c.get("in_channels", 16)
@@ -269,7 +271,7 @@ def mmdit_config(c: Json) -> MMDiTConfig:
 @_reader("FLUX transformer")
 def flux_config(c: Json) -> FluxConfig:
     """FLUX's transformer, from a ``FluxTransformer2DModel``'s configuration."""
-    _only(c, patch_size=1)
+    _only(c, patch_size=1, _class_name="FluxTransformer2DModel")
     channels = c.get("in_channels", 64)
     return FluxConfig(
         in_channels=channels,
