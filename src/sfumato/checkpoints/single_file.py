@@ -278,6 +278,7 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
     middle = count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     words = "attn2.to_k.weight"
     attn = next((name for name in sorted(s) if name.endswith(words)), words)
+    _, context = s[attn]
     linear = len(s[f"{attn.partition('.transformer_blocks.')[0]}.proj_in.weight"]) == 2
     vector = s["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in s else 0
     # A resolution without attention needs a number all the same.
@@ -295,7 +296,7 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
         "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
         "transformer_layers_per_block": layers,
         "reverse_transformer_layers_per_block": None if layers_up == layers[::-1] else layers_up,
-        "cross_attention_dim": s[attn][1],
+        "cross_attention_dim": context,
         "use_linear_projection": linear,
         "attention_head_dim": [max(1, w // 64) for w in widths] if linear else 8,
         "norm_num_groups": math.gcd(32, *widths),
