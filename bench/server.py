@@ -7,8 +7,8 @@ Each client asks for one picture after the other, each of another prompt, seed, 
 ``--batch 1`` and with ``--batch 16``, run at once and are loaded in turn, so that whatever else the machine does meets
 both. CPU seconds are those of server and worker. ``--memory N`` also compares the resident memory of server and worker
 after N jobs with that after N/10, ``--switches N`` after N changes between two models with that after N/10;
-``--recovery N`` takes N times how long it is from a cancelled job's end to the next one's start, and from a worker's
-death until there is another. With the settings above: some eight minutes on two cores.
+``--recovery N`` takes N times how long it is from asking to cancel to the job's end, from there to the next one's
+start, and from a worker's death until there is another. With the settings above: some eight minutes on two cores.
 """
 
 from __future__ import annotations
@@ -180,21 +180,24 @@ def measure_recovery(number: int) -> None:
             time.sleep(0.005)
         return job
 
-    gaps, lives = [], []
+    stops, steps, gaps, lives = [], [], [], []
     with serving(1) as server, httpx.Client(base_url=server.url, timeout=60) as http:
         for _ in range(number):
             first, second = (http.post("/jobs", json={"prompt": "a", "steps": k}).json()["id"] for k in (100, 1))
-            until(http, first, "running")
+            seen, asked = until(http, first, "running"), time.time()
+            steps.append((asked - when(seen["started"])) / seen["step"])
             http.delete(f"/jobs/{first}")
-            gaps.append(
-                when(until(http, second, "done")["started"]) - when(until(http, first, "cancelled")["finished"])
-            )
+            ended = when(until(http, first, "cancelled")["finished"])
+            stops.append(ended - asked)
+            gaps.append(when(until(http, second, "done")["started"]) - ended)
         for _ in range(number):
             worker, began = server.processes()[1], time.monotonic()
             os.kill(worker, signal.SIGKILL)
             while worker in server.processes() or http.get("/readyz").status_code != 200:
                 time.sleep(0.01)
             lives.append(time.monotonic() - began)
+    print(f"from asking to cancel to the job's end, ms: {', '.join(f'{1000 * s:.0f}' for s in stops)}", end="")
+    print(f" (its steps so far took {1000 * min(steps):.0f} to {1000 * max(steps):.0f} each)")
     print(f"from a cancelled job's end to the next one's start, ms: {', '.join(f'{1000 * g:.0f}' for g in gaps)}")
     print(f"from a worker's death to its successor's readiness, s: {', '.join(f'{s:.1f}' for s in lives)}")
 

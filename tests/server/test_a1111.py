@@ -69,6 +69,7 @@ def test_lists(shared: Server) -> None:
         ({"width": 17}, "the nearest is"),
         ({"prompt": " "}, "prompt is empty"),
         ({"batch_size": 0}, "batch_size"),
+        ({"send_images": "no"}, "send_images must be true or false"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "override_settings"),
         ({"override_settings": ["a"]}, "override_settings"),
     ],
@@ -80,6 +81,22 @@ def test_what_cannot_be_served_is_an_error_in_their_form(
     assert answer.status_code == 422
     assert message in answer.json()["detail"]
     assert answer.json()["error"] == "bad_request"
+
+
+def test_pictures_are_taken_in_lines_and_refused_by_their_names(shared: Server) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "teal").save(file, "PNG")
+    body = {"prompt": "a", "steps": 1, "init_images": [base64.encodebytes(file.getvalue()).decode()]}
+    assert shared.http.post(f"{API}/img2img", json=body).status_code == 200
+    gif = base64.b64encode(b"GIF89a").decode()
+    for wrong, message in (
+        ({"init_images": [gif]}, "init_images: not a whole PNG"),
+        ({"mask": gif}, "mask: not a whole PNG"),
+        ({"inpainting_mask_invert": "no"}, "inpainting_mask_invert must be 0 or 1"),
+    ):
+        answer = shared.http.post(f"{API}/img2img", json={**body, **wrong})
+        assert answer.status_code == 422
+        assert message in answer.json()["detail"]
 
 
 def test_progress_and_interrupt_are_of_the_callers_own_job_and_options_of_his_model(

@@ -9,6 +9,7 @@ import json
 import random
 import socket
 import string
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -144,15 +145,26 @@ def growth(sizes: list[float], every: int) -> float:
     return float(np.polyfit(np.arange(len(sizes)) * every / 1000, sizes, 1)[0])
 
 
-def slope(server: Server, requests: int) -> float:
-    """MiB that server and worker grow by in 1,000 requests, by a line through the resident memory's second half."""
+def slope(server: Server, jobs: int) -> float:
+    """MiB that server and worker grow by in 1,000 jobs, by a line through the resident memory's second half."""
+    server.http.timeout = None  # a machine that stands still for minutes is no leak
     sizes: list[float] = []
-    for i in range(requests):
-        server.ended(server.submit(f"prompt {i}", seed=i, steps=1)["id"])
-        if i % 50 == 0 and i >= requests // 2:
+    waiting: deque[str] = deque()
+    for i in range(jobs):
+        waiting.append(server.submit(f"prompt {i}", seed=i, steps=1)["id"])
+        if len(waiting) > 32:
+            _done(server, waiting.popleft())
+        if i % 50 == 0 and i >= jobs // 2:
             sizes.append(resident(server))
             print(f"{i} jobs, {sizes[-1]:.1f} MiB", flush=True)
+    for id in waiting:
+        _done(server, id)
     return growth(sizes, 50)
+
+
+def _done(server: Server, id: str) -> None:
+    while (state := server.http.get(f"/jobs/{id}", params={"wait": 60}).json()["state"]) != "done":
+        assert state in ("queued", "running"), state
 
 
 def resident(server: Server) -> float:

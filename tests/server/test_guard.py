@@ -256,6 +256,7 @@ LIMITS: list[tuple[str, bytes, int]] = [
     ("too many pictures", b'{"prompt": "a", "n": 33}', 422),
     ("a type", b'{"prompt": "a", "steps": "3"}', 422),
     ("true is no number", b'{"prompt": "a", "steps": true}', 422),
+    ("a field given twice", b'{"prompt": "a", "prompt": "b"}', 422),
     ("an unknown field", b'{"prompt": "a", "stepz": 3}', 422),
     ("an unknown model", b'{"prompt": "a", "model": "../../etc/passwd"}', 422),
     ("a model of a type", b'{"prompt": "a", "model": {"a": 1}}', 422),
@@ -275,6 +276,22 @@ def test_limits(shared: Server, path: str, what: str, body: bytes, expected: int
     assert error["code"] == "bad_request" or path != "/jobs"
     assert "aaaaaaaa" not in answer.text, "a prompt in an error"
     assert shared.metrics()["sfumato_jobs_accepted_total"] == before
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/jobs?stat=done", "unknown parameter 'stat'; did you mean 'state'?"),
+        ("/pictures?search=cat", "unknown parameter 'search'"),
+        ("/jobs?limit=1&limit=2", "limit is given more than once"),
+        ("/jobs?before=none", "before: there is no such job"),
+        ("/pictures?before=none", "before: there is no such picture"),
+    ],
+)
+def test_what_a_query_asks_is_never_ignored(shared: Server, path: str, message: str) -> None:
+    answer = shared.http.get(path)
+    assert answer.status_code == 422
+    assert message in answer.json()["error"]["message"]
 
 
 def test_the_product_of_pixels_steps_and_n_is_bounded(serve: Serve) -> None:

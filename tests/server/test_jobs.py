@@ -120,6 +120,16 @@ def test_a_picture_that_no_network_follows_is_refused(shared: Server) -> None:
         assert f"{name} has no effect" in answer.json()["error"]["message"]
 
 
+def test_what_is_no_picture_is_refused_in_words_of_the_api(shared: Server) -> None:
+    for value in (5, ["a"], "no base64!", ""):
+        answer = shared.http.post("/jobs", json={"prompt": "a", "init": value})
+        assert answer.status_code == 422
+        assert "init must be a picture: the id of an upload" in answer.json()["error"]["message"]
+    picture = f"{shared.ended(shared.submit(steps=1)['id'])['id']}-0"
+    answer = shared.http.post("/inside/samplers", json={"picture": picture, "steps": [2.5]})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (422, "steps must be whole numbers")
+
+
 def test_an_answer_may_wait_for_the_end(shared: Server) -> None:
     def wait(id: str, seconds: Any) -> httpx.Response:
         return shared.http.get(f"/jobs/{id}", params={"wait": seconds})
@@ -269,6 +279,10 @@ def test_uploads(shared: Server) -> None:
         assert answer.status_code == 422, bad[:20]
         assert answer.json()["error"]["code"] == "bad_request"
     assert shared.http.get("/uploads/none.png").status_code == 404
+    for path in ("/uploads", "/pictures/info"):
+        form = shared.http.post(path, files={"file": png(image)})
+        assert form.status_code == 415
+        assert "the picture's file itself" in form.json()["error"]["message"]
 
 
 def test_the_page_of_the_api(shared: Server) -> None:

@@ -80,6 +80,7 @@ def test_models(client: openai.OpenAI, shared: Server) -> None:
         ({"size": "large"}, "size must be", "size", "invalid_value"),
         ({"background": "transparent"}, "background can only be", "background", "invalid_value"),
         ({"partial_images": 9}, "partial_images must be", "partial_images", "invalid_value"),
+        ({"response_format": "url", "stream": True}, "as base64", "response_format", "invalid_value"),
         ({"response_format": "url", "output_format": "jpeg"}, "URL are PNG", "output_format", "invalid_value"),
         ({"extra_body": {"stepz": 3}}, "unknown setting 'stepz'", "stepz", "unknown_parameter"),
         ({"extra_body": {"steps": "3"}}, "steps must be a whole number", "steps", "invalid_value"),

@@ -159,7 +159,7 @@ def _base64(what: str, text: Any) -> bytes:
     if len(text) > MAX_BYTES * 4 // 3 + 4:
         raise BadRequest(f"{what} is larger than {MAX_BYTES >> 20} MiB: save it smaller", what)
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # in lines, as many programs write it
     except (binascii.Error, ValueError):
         raise BadRequest(
             f"{what} is text that is no base64; in Python, give bytes, a Pillow image or a pathlib.Path", what

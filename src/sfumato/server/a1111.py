@@ -221,7 +221,8 @@ def _read(
     for name, allowed in OFF.items():
         if name in left and left.pop(name) not in allowed:
             fail(422, f"{name} is not there: leave it out, or off")
-    send = left.pop("send_images", True) is not False
+    if not isinstance(send := left.pop("send_images", True), bool):
+        fail(422, "send_images must be true or false")
     for name in ("save_images", "do_not_save_samples", "do_not_save_grid"):
         left.pop(name, None)  # pictures are always kept, grids never made
     return settings, model, sorted(k[:60] for k in left), send
@@ -246,14 +247,16 @@ def _read_pictures(context: Context, given: dict[str, Any]) -> dict[str, Any]:
         fail(422, "init_images must be one picture in base64")
     if given.pop("resize_mode", 0) not in (0, 1):
         fail(422, "resize_mode can only be 0 or 1, which crops")
-    settings = {"init": context.uploads.keep(_base64("init_images", pictures[0]))}
+    settings = {"init": context.uploads.keep(_base64("init_images", pictures[0]), "init_images")}
     if (strength := given.pop("denoising_strength", None)) is not None:
         settings["strength"] = strength
-    invert, blur = given.pop("inpainting_mask_invert", 0), given.pop("mask_blur", 0)
+    invert, blur = given.pop("inpainting_mask_invert", 0) or 0, given.pop("mask_blur", 0) or 0
+    if invert not in (0, 1):
+        fail(422, "inpainting_mask_invert must be 0 or 1")
     if mask is not None:
         if isinstance(blur, bool) or not isinstance(blur, (int, float)) or not 0 <= blur <= MAX_BLUR:
             fail(422, f"mask_blur must be a number from 0 to {MAX_BLUR}")
-        image, file = open_picture(_base64("mask", mask)).convert("L"), io.BytesIO()
+        image, file = open_picture(_base64("mask", mask), "mask").convert("L"), io.BytesIO()
         image = image.point([255 - v for v in range(256)]) if invert else image
         image.filter(ImageFilter.GaussianBlur(blur)).convert("RGB").save(file, "PNG")
         settings["mask"] = context.uploads.keep(file.getvalue())
@@ -307,7 +310,8 @@ def _base64(what: str, text: Any) -> bytes:
     if not isinstance(text, str):
         fail(422, f"{what} must be base64 text")
     try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+        text = text.partition(",")[2] if text.startswith("data:") else text
+        return base64.b64decode("".join(text.split()), validate=True)
     except ValueError:
         fail(422, f"{what} is not base64")
 

@@ -35,6 +35,13 @@ async def read_body(request: Request) -> bytes:
         fail(408, "the body did not arrive in time", "bad_request")
 
 
+async def read_picture(request: Request) -> bytes:
+    """The body as a picture's file; raises ApiError for what is sent as anything else."""
+    if not request.headers.get("content-type", "").strip().lower().startswith("image/"):
+        fail(415, "the body must be the picture's file itself, as image/png, image/jpeg or image/webp")
+    return await read_body(request)
+
+
 async def read_json(request: Request) -> dict[str, Any]:
     """The body as a JSON object; raises ApiError for what is none, too deep, or holds numbers that JSON has not."""
     body = await read_body(request)
@@ -43,7 +50,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     try:
         text = body.decode()
         check_nesting(text)
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         fail(400, "the body is not valid JSON, or too deeply nested")
     if not isinstance(value, dict):
@@ -83,6 +90,15 @@ def check_nesting(text: str) -> None:
                 raise ValueError("too deep")
         elif c in "]}":
             depth -= 1
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            fail(422, f"{name[:60]!r} is given more than once; one is taken")
+        fields[name] = value
+    return fields
 
 
 def _no_number(name: str) -> NoReturn:

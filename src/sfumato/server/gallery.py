@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from sfumato.errors import BadData, SfumatoError
+from sfumato.errors import BadData, BadRequest, SfumatoError
 from sfumato.files import write_atomically
 from sfumato.pipeline.picture import read_warnings
 from sfumato.pipeline.request import Request
@@ -95,7 +95,10 @@ class Gallery:
     def search(
         self, words: str = "", model: str | None = None, limit: int = 50, before: str | None = None
     ) -> tuple[list[Entry], int]:
-        """The newest pictures in which every word occurs, older than another if wanted; and how many in all."""
+        """The newest pictures in which every word occurs, older than another if wanted; and how many in all.
+
+        Raises BadRequest where that other one is not among them.
+        """
         wanted = words.lower().split()
         with self._lock:
             found = [
@@ -106,7 +109,9 @@ class Gallery:
         total = len(found)
         if before is not None:
             places = [i for i, e in enumerate(found) if e.id == before]
-            found = found[places[0] + 1 :] if places else []
+            if not places:
+                raise BadRequest("before: there is no such picture among these, any more: begin anew", "before")
+            found = found[places[0] + 1 :]
         return found[:limit], total
 
     def _scan(self) -> Iterator[Entry]:
@@ -115,7 +120,7 @@ class Gallery:
         with os.scandir(self._folder) as files:
             for file in files:
                 id, ending = os.path.splitext(file.name)
-                if ending != ".png" or not NAME.fullmatch(id):
+                if ending != ".png" or not NAME.fullmatch(id) or not file.is_file():
                     continue
                 try:
                     entry = self._entry(Path(file.path), file.stat(follow_symlinks=False))

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from sfumato.errors import BadData
+from sfumato.errors import BadData, BadRequest
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.request import PICTURES
@@ -34,13 +34,19 @@ def take_pictures(uploads: Uploads, gallery: Gallery, given: dict[str, Any]) -> 
 def _take(uploads: Uploads, gallery: Gallery, name: str, value: Any) -> PictureFile:
     if isinstance(value, str) and NAME.fullmatch(value):
         return PictureFile.from_bytes(name, _by_id(uploads, gallery, name, value), f"{value[:12]}.png")
-    picture = PictureFile.of(name, value)
+    try:
+        picture = PictureFile.of(name, value)
+    except BadRequest:
+        if isinstance(value, Mapping):  # a picture's own record: what is wrong with it was said
+            raise
+        what = f"{name} must be a picture: the id of an upload or of one in the gallery, base64 text, or a data URL"
+        fail(422, what, setting=name)
     try:
         if picture.data is None:
             return picture.with_data(name, PictureFile.from_bytes(name, uploads.read(picture.sha256)))
         uploads.keep_as_it_is(picture.sha256, picture.data)
     except FileNotFoundError:
-        fail(422, f"{name} is not here any more: send it again")
+        fail(422, f"{name} is not here any more: send it again", setting=name)
     except BadData as e:
         raise BadData(f"{name}: {e}") from None
     return picture
@@ -49,7 +55,7 @@ def _take(uploads: Uploads, gallery: Gallery, name: str, value: Any) -> PictureF
 def _by_id(uploads: Uploads, gallery: Gallery, name: str, id: str) -> bytes:
     """The bytes of an upload, or of a picture of the gallery at its own size, which becomes an upload."""
     if uploads.path(id) is None:
-        path = gallery.path(id) or fail(422, f"{name}: there is no upload and no picture of that id")
+        path = gallery.path(id) or fail(422, f"{name}: there is no upload and no picture of that id", setting=name)
         file = io.BytesIO()
         try:
             image = Picture.open(path).image

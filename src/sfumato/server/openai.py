@@ -167,6 +167,8 @@ def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dic
         _whole("partial_images", given.pop("partial_images", 0), 0, 3),
         _one_of("quality", given.pop("quality", "auto"), tuple(QUALITY)),
     )
+    if form.response_format == "url" and form.stream:
+        fail(400, "a stream carries its pictures as base64; leave response_format out", setting="response_format")
     if form.response_format == "url" and form.output_format != "png":
         fail(400, "pictures at a URL are PNG files; ask for response_format b64_json", setting="output_format")
     size = given.pop("size", "auto")

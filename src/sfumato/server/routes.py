@@ -6,13 +6,15 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from itertools import groupby
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
+from sfumato.errors import nearest
 from sfumato.pipeline.picture import Picture
-from sfumato.server.answers import read_body, read_json
+from sfumato.server.answers import read_json, read_picture
 from sfumato.server.context import Context, model_json
 from sfumato.server.errors import fail
 from sfumato.server.following import EventStream
@@ -34,7 +36,7 @@ def client_of(request: Request) -> str:
 
 def routes(context: Context) -> APIRouter:
     """The routes of our own dialect."""
-    router, prefix = APIRouter(), context.settings.prefix
+    router, prefix = APIRouter(dependencies=[Depends(_known)]), context.settings.prefix
 
     # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -48,6 +50,8 @@ def routes(context: Context) -> APIRouter:
 
     @router.get("/jobs", summary="Jobs, the newest first", tags=["jobs"])
     async def list_jobs(state: str | None = None, limit: int = 50, before: str | None = None) -> JSONResponse:
+        if before is not None and await context.db(context.queue.find, before) is None:
+            fail(422, "before: there is no such job, any more: begin anew")
         states = STATES if state is None else tuple(state.split(","))
         if not set(states) <= set(STATES):
             fail(422, f"state must be some of {', '.join(STATES)}, with commas between")
@@ -117,7 +121,7 @@ def routes(context: Context) -> APIRouter:
     async def info(request: Request) -> JSONResponse:
         from sfumato.server.metadata import describe_png
 
-        data = await read_body(request)
+        data = await read_picture(request)
         return JSONResponse(await asyncio.to_thread(describe_png, data))
 
     @router.post(
@@ -128,7 +132,7 @@ def routes(context: Context) -> APIRouter:
         openapi_extra=body_of(*PICTURES),
     )
     async def upload(request: Request) -> JSONResponse:
-        data = await read_body(request)
+        data = await read_picture(request)
         return JSONResponse(await asyncio.to_thread(context.uploads.receive, data), 201)
 
     @router.get("/uploads/{id}.png", summary="A picture that was sent", tags=["pictures"])
@@ -171,6 +175,16 @@ async def _named(events: AsyncGenerator[tuple[str, dict[str, Any]], None]) -> As
             yield f"event: {event}\ndata: {json.dumps(data)}\n\n" if event else ""
     finally:
         await events.aclose()
+
+
+async def _known(request: Request) -> None:
+    """Refuse parameters of a query that would be ignored."""
+    known = [p.alias for p in request.scope["route"].dependant.query_params]
+    for name, values in groupby(sorted(name for name, _ in request.query_params.multi_items())):
+        if name not in known:
+            fail(422, f"unknown parameter {name[:40]!r}{nearest(name[:40], known)}")
+        if len(list(values)) > 1:
+            fail(422, f"{name} is given more than once; one is taken")
 
 
 def _check_page(limit: int) -> None:

@@ -84,7 +84,10 @@ def _arguments(context: Context, kind: str, asked: dict[str, Any]) -> tuple[dict
     if kind == "guidance":
         arguments["weights"] = _numbers("weights", asked.get("weights"), 0, 100)
     if kind == "samplers":
-        arguments["steps"] = [int(k) for k in _numbers("steps", asked.get("steps"), 1, MAX_STEPS) or []]
+        steps = _numbers("steps", asked.get("steps"), 1, MAX_STEPS) or []
+        if any(k % 1 for k in steps):
+            fail(422, "steps must be whole numbers")
+        arguments["steps"] = [int(k) for k in steps]
         arguments["samplers"] = _names(asked.get("samplers"))
     return arguments, facts.name
 

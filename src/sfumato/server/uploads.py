@@ -24,12 +24,16 @@ MAX_PIXELS = 1 << 24
 PICTURES = tuple((f"image/{f.lower()}", {"type": "string", "format": "binary"}) for f in FORMATS)
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """Decode a picture, upright, as RGB or RGBA; raises BadData for what is damaged, foreign, animated or a bomb."""
+def open_picture(data: bytes, what: str = "") -> Image.Image:
+    """Decode a picture, upright, as RGB or RGBA; raises BadData for what is damaged, foreign, animated or a bomb.
+
+    Args:
+        what: the setting's name, for errors.
+    """
     try:
         return decode_still(data, FORMATS, MAX_PIXELS)
     except PictureError as e:
-        raise BadData(f"not a whole PNG, JPEG or WebP picture: {e}") from None
+        raise BadData(f"{what and what + ': '}not a whole PNG, JPEG or WebP picture: {e}") from None
 
 
 class Uploads:
@@ -64,9 +68,9 @@ class Uploads:
         image = open_picture(data)
         return {"id": self._keep(image), "width": image.width, "height": image.height}
 
-    def keep(self, data: bytes) -> str:
+    def keep(self, data: bytes, what: str = "") -> str:
         """Keep a picture as plain RGB or RGBA and return its id; raises BadData, NoResources, ApiError when full."""
-        return self._keep(open_picture(data))
+        return self._keep(open_picture(data, what))
 
     def keep_as_it_is(self, id: str, data: bytes) -> None:
         """Keep a picture's own bytes under their hash; raises as ``keep``."""

@@ -1,8 +1,8 @@
-// Small line charts, drawn from the values given and nothing else.
+// Small line charts, drawn from the values given and nothing else, at the width they have so that text keeps its size.
 
 import { round, svg } from "./dom.js";
 
-const W = 640, H = 320, LEFT = 56, RIGHT = 110, TOP = 16, BOTTOM = 44;
+const NARROW = 300, WIDE = 720, LEFT = 52, TOP = 20, BOTTOM = 44, LETTER = 7; // pixels
 
 function ticks(low, high, log) {
   if (log) {
@@ -20,14 +20,30 @@ function ticks(low, high, log) {
 }
 
 // series: [{name, points: [[x, y], …], dashed, dots, index}]; values that are null or cannot be drawn are left out.
-export function chart({ label, series, x, y, xlog = false, ylog = false, mark = null }) {
+export function chart(what) {
+  const root = svg("svg", { class: "plot", role: "img", "aria-label": what.label });
+  let drawn = WIDE;
+  draw(root, what, drawn);
+  const watch = new ResizeObserver(([{ contentRect }]) => {
+    if (!root.isConnected) return watch.disconnect();
+    const width = Math.round(Math.min(WIDE, Math.max(NARROW, contentRect.width)));
+    if (width !== drawn) draw(root, what, (drawn = width));
+  });
+  watch.observe(root);
+  return root;
+}
+
+function draw(root, { series, x, y, xlog = false, ylog = false, mark = null }, W) {
+  const H = Math.round(Math.max(220, W * 0.46));
+  const RIGHT = 18 + LETTER * Math.max(2, ...series.map((s) => s.name.length));
   const clean = series.map((s, i) => ({
     index: i % 6, ...s,
     points: s.points.filter(([a, b]) => isFinite(a) && b != null && isFinite(b) && (!xlog || a > 0) && (!ylog || b > 0)),
   }));
   const xs = clean.flatMap((s) => s.points.map((p) => p[0])), ys = clean.flatMap((s) => s.points.map((p) => p[1]));
-  const root = svg("svg", { class: "plot", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label });
-  if (!xs.length) return root;
+  root.setAttribute("viewBox", `0 0 ${W} ${H}`);
+  root.replaceChildren();
+  if (!xs.length) return;
   let [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
   if (!ylog) { const pad = (y1 - y0) * 0.06 || 0.5; y0 = y0 >= 0 && y0 < pad * 8 ? 0 : y0 - pad; y1 += pad; }
   if (ylog && y0 === y1) { y0 /= 2; y1 *= 2; }
@@ -42,7 +58,7 @@ export function chart({ label, series, x, y, xlog = false, ylog = false, mark = 
   }
   for (const v of ticks(x0, x1, xlog)) root.append(text(round(v), { x: px(v), y: H - BOTTOM + 18, "text-anchor": "middle" }));
   root.append(svg("line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM }),
-    text(x, { x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle" }), text(y, { x: LEFT, y: 8 }));
+    text(x, { x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle" }), text(y, { x: LEFT, y: 10 }));
   if (mark != null) root.append(svg("line", { class: "axis dashed", x1: px(mark), x2: px(mark), y1: TOP, y2: H - BOTTOM }));
   const names = [];
   for (const s of clean) {
@@ -60,5 +76,4 @@ export function chart({ label, series, x, y, xlog = false, ylog = false, mark = 
     above = place;
     root.append(text(s.name, { class: `name s${s.index}`, x: W - RIGHT + 10, y: place + 4 }));
   }
-  return root;
 }

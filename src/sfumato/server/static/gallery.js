@@ -37,6 +37,7 @@ export async function load(before = null) {
       : [h("h2", {}, "An empty wall"), h("p", { class: "soft" }, "Pictures that you make stay here, with the request that made them."), h("a", { class: "button", href: "#/" }, "To the studio")]);
   } catch (e) {
     if (mine !== searching) return;
+    if (before && e.status === 422) return load(); // the last one shown is gone
     $("gallery-empty").hidden = false;
     fill($("gallery-empty"), h("h2", {}, "The gallery cannot be shown"), h("p", { class: "bad" }, e.message), h("button", { type: "button", onclick: () => load() }, "Try again"));
   } finally {
@@ -97,7 +98,7 @@ export function facts(picture) {
   if (r.upscale > 1) rows.push(["drawn at", `${picture.width / r.upscale} × ${picture.height / r.upscale}, and enlarged`]);
   for (const [key, value] of Object.entries(r)) {
     const name = key in NAMES ? NAMES[key] : key.replaceAll("_", " ");
-    if (!name || value == null || value === "" || value === 0 && key !== "seed") continue;
+    if (!name || value == null || value === "" || (value === 0 && key !== "seed") || (value === 1 && key === "best_of")) continue;
     rows.push([name, Array.isArray(value) ? value.join(", ") : typeof value === "object" ? "a picture" : String(value)]);
   }
   rows.push(["model", picture.model.name]);
@@ -113,7 +114,7 @@ export async function open(id) {
   }
   const dialog = $("detail"), close = () => dialog.close();
   const act = (name, run, props = {}) => h("button", { type: "button", onclick: () => { close(); run(); }, ...props }, name);
-  fill(dialog, h("div", { class: "detail" },
+  fill(dialog, h("button", { type: "button", class: "icon shut", onclick: close, "aria-label": "Close" }, "✕"), h("div", { class: "detail" },
     h("img", { class: `picture${picture.width <= 64 ? " crisp" : ""}`, src: picture.url, alt: picture.request.prompt, width: picture.width * picture.scale, height: picture.height * picture.scale }),
     h("div", { class: "stack" },
       h("h2", { class: "words", id: "detail-head" }, picture.request.prompt),
@@ -127,8 +128,7 @@ export async function open(id) {
         act("Start from it", () => actions.start(picture))),
       h("div", { class: "row" },
         h("a", { class: "button quiet", href: picture.url, download: `${picture.id}.png` }, "Download"),
-        h("button", { type: "button", class: "quiet", onclick: () => discard([picture], close) }, "Delete"),
-        h("button", { type: "button", class: "quiet push", onclick: close }, "Close")))));
+        h("button", { type: "button", class: "quiet", onclick: () => discard([picture], close) }, "Delete")))));
   openDialog(dialog);
 }
 
@@ -155,7 +155,7 @@ export async function compare(a, b) {
     h("div", { class: "row spread" }, h("h1", { id: "compare-head" }, "Side by side"), h("a", { href: "#/gallery" }, "To the gallery")),
     h("div", { class: "side" }, pictures.map((x) => h("figure", {}, h("img", { src: x.url, alt: x.request.prompt, class: crisp }), h("figcaption", {}, short(x.request.prompt, 90))))),
     h("div", { class: "stack" }, h("h2", {}, "One over the other"), wipe,
-      h("div", { class: "field" }, h("label", { for: "wipe" }, "How much of the second covers the first"),
+      h("div", { class: "field under" }, h("label", { for: "wipe" }, "How much of the second covers the first"),
         h("input", { type: "range", id: "wipe", min: 0, max: 100, value: 50, oninput: (e) => wipe.style.setProperty("--at", `${100 - e.target.value}%`) }))),
     h("div", { class: "stack" }, h("h2", {}, rows.length ? "What differs" : "The same request"),
       h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "What differs" }, rows.length > 0 && h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Setting"), h("th", { scope: "col" }, "First"), h("th", { scope: "col" }, "Second"))),

@@ -187,7 +187,8 @@ async function begin() {
   jobs.setAfter((job) => {
     const [p] = job.pictures;
     const times = job.request.upscale ?? 1;
-    const whole = { id: p.id, url: p.url, request: { ...job.request, seed: p.seed, n: 1 }, model: { name: job.model }, width: job.request.width * times, height: job.request.height * times };
+    const one = { seed: p.seed, variation_seed: p.variation_seed, n: 1, best_of: 1 }; // the chosen one, not the choice
+    const whole = { id: p.id, url: p.url, request: { ...job.request, ...one }, model: { name: job.model }, width: job.request.width * times, height: job.request.height * times };
     return [
       h("a", { class: "button", href: `#/inside/${p.id}` }, "Look inside"),
       h("button", { type: "button", onclick: () => actions.vary(whole) }, "Variations"),
