@@ -5,10 +5,11 @@
 
 Each client asks for one picture after the other, each of another prompt, seed, sampler and guidance. Two servers, with
 ``--batch 1`` and with ``--batch 16``, run at once and are loaded in turn, so that whatever else the machine does meets
-both. CPU seconds are those of server and worker. ``--memory N`` also compares the resident memory of server and worker
-after N jobs with that after N/10, ``--switches N`` after N changes between two models with that after N/10;
-``--recovery N`` takes N times how long it is from asking to cancel to the job's end, from there to the next one's
-start, and from a worker's death until there is another. With the settings above: some eight minutes on two cores.
+both; what it does for moments is not in the median, p50. CPU seconds are those of server and worker. ``--memory N``
+also compares the resident memory of server and worker after N jobs with that after N/10, ``--switches N`` after N
+changes between two models with that after N/10; ``--recovery N`` takes N times how long it is from asking to cancel to
+the job's end, from there to the next one's start, and from a worker's death until there is another. With the settings
+above: some eight minutes on two cores.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx2 as httpx
@@ -131,19 +133,29 @@ def measure_load(args: argparse.Namespace) -> None:
         for server in (alone, together):
             asyncio.run(load(server, 2, args.steps, 2))  # warm
             server.waited.clear()
-        head = ("clients", "batch", "pictures/s", "p50 s", "p99 s", "CPU s/picture", "against batch 1", "by CPU")
+        head = (
+            "clients",
+            "batch",
+            "pictures/s",
+            "p50 s",
+            "p99 s",
+            "CPU s/picture",
+            "against batch 1",
+            "by CPU",
+            "by p50",
+        )
         print("".join(f"{h:>{len(h) + 3}}" for h in head), flush=True)
         for clients in args.clients:
             for i in range(args.rounds):
                 for server in (alone, together) if i % 2 == 0 else (together, alone):
                     asyncio.run(load(server, clients, args.steps, args.seconds / args.rounds))
-            first = alone.rate(clients), alone.cpu[clients] / len(alone.waited[clients])
+            first = alone.rate(clients), alone.cpu[clients] / len(alone.waited[clients]), median(alone.waited[clients])
             for server in (alone, together):
                 waited, rate = sorted(server.waited[clients]), server.rate(clients)
-                p50, p99 = waited[len(waited) // 2], waited[min(len(waited) - 1, int(len(waited) * 0.99))]
+                p50, p99 = median(waited), waited[min(len(waited) - 1, int(len(waited) * 0.99))]
                 cpu = server.cpu[clients] / len(waited)
-                row = (clients, server.batch, f"{rate:.2f}", f"{p50:.2f}", f"{p99:.2f}", f"{cpu:.3f}",
-                       f"{rate / first[0]:.2f}", f"{first[1] / cpu:.2f}")  # fmt: skip
+                row = (clients, server.batch, f"{rate:.2f}", f"{p50:.3f}", f"{p99:.2f}", f"{cpu:.3f}",
+                       f"{rate / first[0]:.2f}", f"{first[1] / cpu:.2f}", f"{first[2] / p50:.2f}")  # fmt: skip
                 print("".join(f"{v:>{len(h) + 3}}" for v, h in zip(row, head, strict=True)), flush=True)
 
 

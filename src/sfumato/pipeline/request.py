@@ -436,5 +436,6 @@ def _show(value: Any) -> str:
     """A value as it fits in one line."""
     if isinstance(value, int) and abs(value) > 10**40:
         return "a number of more than 40 digits"
+    value = list(value) if isinstance(value, tuple) else value  # as JSON has it
     text = repr(value) if isinstance(value, (str, int, float, type(None), tuple, list)) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -11,9 +11,10 @@ import asyncio
 import base64
 import io
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import Any
 
@@ -21,7 +22,7 @@ from fastapi import APIRouter, Request
 from PIL import ImageFilter
 from starlette.responses import JSONResponse
 
-from sfumato.errors import BadData
+from sfumato.errors import BadData, BadRequest
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.request import Request as PictureRequest
 from sfumato.server.answers import read_json
@@ -39,6 +40,10 @@ OURS = {f.name for f in fields(PictureRequest)}
 SAME = {  # their names of our settings
     "prompt": "prompt", "negative_prompt": "negative", "steps": "steps", "cfg_scale": "guidance", "width": "width",
     "height": "height", "eta": "eta", "subseed": "variation_seed", "subseed_strength": "variation_strength",
+}  # fmt: skip
+THEIRS = {ours: theirs for theirs, ours in SAME.items() if theirs != ours} | {
+    "sampler": "sampler_name", "spacing": "scheduler", "n": "batch_size × n_iter", "hires": "hr_scale",
+    "hires_strength": "denoising_strength", "strength": "denoising_strength", "init": "init_images",
 }  # fmt: skip
 OFF: Mapping[str, tuple[Any, ...]] = {  # settings that are not there, and the values by which they ask for nothing
     "restore_faces": (False,), "tiling": (False,), "script_name": ("",), "alwayson_scripts": ({},), "styles": ([],),
@@ -71,10 +76,12 @@ def routes(context: Context) -> APIRouter:
     async def make(request: Request, given: dict[str, Any], settings: dict[str, Any]) -> JSONResponse:
         echo = {k: v for k, v in given.items() if k not in ("init_images", "mask")}
         client = client_of(request)
-        settings, model, ignored, send = _read(context, given, settings)
-        model = chosen.get(client) if model is None else model
-        settings = drawn(context.facts(model), settings)
-        job = await outcome(context, request, await context.submit("a1111", client, settings, model))
+        with _their_names():
+            settings, model, ignored, send = _read(context, given, settings)
+            model = chosen.get(client) if model is None else model
+            settings = drawn(context.facts(model), settings)
+            job = await context.submit("a1111", client, settings, model)
+        job = await outcome(context, request, job)
         return JSONResponse(await _result(context, job, echo, ignored, send))
 
     @router.post("/txt2img", summary="Pictures from words", openapi_extra=body_of(_body("prompt")))
@@ -177,6 +184,18 @@ def routes(context: Context) -> APIRouter:
         add_list(name, answer)
 
     return router
+
+
+@contextmanager
+def _their_names() -> Iterator[None]:
+    """Call settings by the names that the client gave them."""
+    try:
+        yield
+    except BadRequest as e:
+        if theirs := THEIRS.get(e.setting or ""):
+            said = re.sub(rf"\b{e.setting}\b", theirs, str(e), count=1)
+            raise type(e)(said, theirs) from None
+        raise
 
 
 def _model_of(context: Context, given: Any, what: str) -> str | None:
