@@ -294,6 +294,14 @@ def test_what_a_query_asks_is_never_ignored(shared: Server, path: str, message: 
     assert message in answer.json()["error"]["message"]
 
 
+def test_what_an_address_takes_is_told(shared: Server) -> None:
+    answer = shared.http.put("/livez", json={})
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+    assert answer.json()["error"]["message"] == "this address takes only GET"
+    answer = shared.http.post("/jobs", content=WORDS, headers={**JSON, "content-encoding": "gzip"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "bad_request")
+
+
 def test_the_product_of_pixels_steps_and_n_is_bounded(serve: Serve) -> None:
     server = serve("sfumato.families:load", "--max-work", "2000", "--max-pixels", "512")
     post = server.http.post

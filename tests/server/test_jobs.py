@@ -125,6 +125,9 @@ def test_what_is_no_picture_is_refused_in_words_of_the_api(shared: Server) -> No
         answer = shared.http.post("/jobs", json={"prompt": "a", "init": value})
         assert answer.status_code == 422
         assert "init must be a picture: the id of an upload" in answer.json()["error"]["message"]
+    dot = base64.b64encode(png(Image.new("RGB", (1, 1)))).decode()
+    assert re.fullmatch(r"\w{80,100}", dot), "it looks like an id, and is none"
+    assert shared.submit(init=dot, steps=1)["request"]["init"]["sha256"]
     picture = f"{shared.ended(shared.submit(steps=1)['id'])['id']}-0"
     answer = shared.http.post("/inside/samplers", json={"picture": picture, "steps": [2.5]})
     assert (answer.status_code, answer.json()["error"]["message"]) == (422, "steps must be whole numbers")

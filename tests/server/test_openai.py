@@ -82,6 +82,9 @@ def test_models(client: openai.OpenAI, shared: Server) -> None:
         ({"partial_images": 9}, "partial_images must be", "partial_images", "invalid_value"),
         ({"response_format": "url", "stream": True}, "as base64", "response_format", "invalid_value"),
         ({"response_format": "url", "output_format": "jpeg"}, "URL are PNG", "output_format", "invalid_value"),
+        ({"partial_images": 1}, "only in a stream", "partial_images", "invalid_value"),
+        ({"output_compression": 50}, "for jpeg and webp", "output_compression", "invalid_value"),
+        ({"extra_body": {"user": 5}}, "user must be text", "user", "invalid_value"),
         ({"extra_body": {"stepz": 3}}, "unknown setting 'stepz'", "stepz", "unknown_parameter"),
         ({"extra_body": {"steps": "3"}}, "steps must be a whole number", "steps", "invalid_value"),
         ({"extra_body": {"sampler": "x"}}, "unknown sampler", "sampler", "invalid_value"),
@@ -149,6 +152,11 @@ def test_edits_repaint_what_the_mask_leaves_open(client: openai.OpenAI) -> None:
     assert not np.array_equal(after[:, 8:], old[:, 8:])
     with pytest.raises(openai.BadRequestError, match="transparent where"):
         client.images.edit(image=("a.png", file_of(before)), mask=("m.png", file_of(before)), prompt="a")
+    with pytest.raises(openai.BadRequestError, match="opaque everywhere"):
+        whole = Image.new("RGBA", (16, 16), "white")
+        client.images.edit(image=("a.png", file_of(before)), mask=("m.png", file_of(whole)), prompt="a")
+    with pytest.raises(openai.BadRequestError, match=r"image .*is too long and narrow"):
+        client.images.edit(image=("a.png", file_of(Image.new("RGB", (400, 2)))), prompt="a")
     small = Image.new("RGBA", (8, 8))
     with pytest.raises(openai.BadRequestError, match="mask is 8x8, but the picture 16x16") as caught:
         client.images.edit(image=("a.png", file_of(before)), mask=("m.png", file_of(small)), prompt="a")

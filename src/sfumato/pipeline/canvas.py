@@ -72,7 +72,8 @@ def upright(what: str, picture: PictureFile) -> Image.Image:
     """A request's picture as RGB; BadRequest for what is none, or so narrow that bringing it to a size would burst."""
     image = picture.image(what).convert("RGB")
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise BadRequest(f"{what} {picture.name}: {image.width}x{image.height} is too long and narrow: crop it", what)
+        called = f"{what} {picture.name}".rstrip()
+        raise BadRequest(f"{called}: {image.width}x{image.height} is too long and narrow: crop it", what)
     return image
 
 

@@ -49,10 +49,11 @@ async def read_json(request: Request) -> dict[str, Any]:
         fail(415, "the body must be application/json")
     try:
         text = body.decode()
-        check_nesting(text)
+        if not check_nesting(text):
+            fail(400, f"the body's JSON is nested more than {NESTING} deep")
         value = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
     except (ValueError, RecursionError):
-        fail(400, "the body is not valid JSON, or too deeply nested")
+        fail(400, "the body is not valid JSON in UTF-8")
     if not isinstance(value, dict):
         fail(422, "the body must be a JSON object")
     if "\\ud" in text.lower():  # half of a pair, which no answer could repeat
@@ -80,16 +81,17 @@ async def read_form(request: Request) -> dict[str, Any]:
     return dict(form)
 
 
-def check_nesting(text: str) -> None:
-    """Raise ValueError if brackets outside of strings nest deeper than the limit."""
+def check_nesting(text: str) -> bool:
+    """Whether brackets outside of strings nest no deeper than the limit."""
     depth = 0
     for match in TOKEN.finditer(text):
         if (c := match[0]) in "[{":
             depth += 1
             if depth > NESTING:
-                raise ValueError("too deep")
+                return False
         elif c in "]}":
             depth -= 1
+    return True
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,7 +119,9 @@ def as_api_error(error: Exception) -> ApiError:
             too_large=isinstance(error, TooLarge),
         )
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, "there is no such thing here" if error.status_code == 404 else error.detail)
+        allowed = (error.headers or {}).get("Allow", "")
+        said = {404: "there is no such thing here", 405: f"this address takes only {allowed}"}
+        return ApiError(error.status_code, said.get(error.status_code, error.detail))
     if isinstance(error, ClientDisconnect):
         return ApiError(400, "the client went away")
     if _disk_is_full(error):
@@ -159,7 +163,9 @@ def openai_error(e: ApiError) -> tuple[int, dict[str, Any]]:
 def error_response(path: str, error: Exception) -> Response:
     """An error in the form of the dialect that a path belongs to."""
     e = as_api_error(error)
-    headers = {} if e.retry_after is None else {"Retry-After": str(e.retry_after)}
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}  # of a 405, what is allowed
+    if e.retry_after is not None:
+        headers["Retry-After"] = str(e.retry_after)
     if e.status == 413:  # the rest of the body is not waited for
         headers["Connection"] = "close"
     if e.status == 401:

@@ -116,6 +116,8 @@ class Guard:
             raise ApiError(403, "a page of another site may not change anything here")
         if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
             kind = media_type(headers)
+            if headers.get("content-encoding", "identity").lower() != "identity":
+                raise ApiError(415, "the body must be sent as it is, without a Content-Encoding")
             if kind not in ("application/json", "multipart/form-data") and not kind.startswith("image/"):
                 raise ApiError(415, "the body must be application/json, multipart/form-data or a picture")
 

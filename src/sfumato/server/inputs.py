@@ -21,6 +21,8 @@ from sfumato.server.errors import fail
 from sfumato.server.gallery import NAME, Gallery
 from sfumato.server.uploads import Uploads
 
+BASE64 = ("iVBORw0KGgo", "UklGR")  # of a PNG or WebP so small that its text might be an id
+
 
 def take_pictures(uploads: Uploads, gallery: Gallery, given: dict[str, Any]) -> dict[str, Any]:
     """Settings whose pictures are at hand, and kept; raises ApiError, BadRequest for one that is not there."""
@@ -32,7 +34,7 @@ def take_pictures(uploads: Uploads, gallery: Gallery, given: dict[str, Any]) -> 
 
 
 def _take(uploads: Uploads, gallery: Gallery, name: str, value: Any) -> PictureFile:
-    if isinstance(value, str) and NAME.fullmatch(value):
+    if isinstance(value, str) and NAME.fullmatch(value) and not value.startswith(BASE64):
         return PictureFile.from_bytes(name, _by_id(uploads, gallery, name, value), f"{value[:12]}.png")
     try:
         picture = PictureFile.of(name, value)

@@ -85,6 +85,8 @@ def routes(context: Context) -> APIRouter:
     async def variations(request: Request) -> Response:
         given = _numbers(await read_form(request))
         image = given.pop("image", None)
+        if "mask" in given:
+            fail(400, "variations take no mask; /v1/images/edits does", setting="mask")
         if not isinstance(image, UploadFile):
             fail(400, "image must be one picture as a file", setting="image")
         data = await image.read()
@@ -104,8 +106,10 @@ def routes(context: Context) -> APIRouter:
         return JSONResponse(_model(id, began))
 
     async def answer(request: Request, given: dict[str, Any], kind: str) -> Response:
-        user = given.get("user")
-        client = user if isinstance(user, str) and 0 < len(user) <= 100 and user.isprintable() else client_of(request)
+        user = given.get("user") or ""
+        if not isinstance(user, str):
+            fail(400, "user must be text", setting="user")
+        client = user if 0 < len(user) <= 100 and user.isprintable() else client_of(request)
         with _their_names(given):
             form, settings, name = _read(context, given, kind)
             job = await context.submit("openai", client, settings, name)
@@ -139,8 +143,11 @@ def _their_names(given: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except (ApiError, BadRequest) as e:
-        if e.setting in names:
-            e.setting = names[e.setting]
+        if e.setting not in names:
+            raise
+        setting, e.setting = e.setting, names[e.setting]
+        if setting == "init" and isinstance(e, BadRequest):
+            raise type(e)(str(e).replace("init", "image", 1), "image") from None
         raise
 
 
@@ -158,6 +165,7 @@ def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dic
     for what, allowed in NO_EFFECT.items():
         if given.pop(what, allowed[0]) not in allowed:
             fail(400, f"{what} can only be {' or '.join(allowed)} here", setting=what)
+    compressed = "output_compression" in given
     form = Form(
         kind,
         _one_of("response_format", given.pop("response_format", None), ("url", "b64_json", None)),
@@ -167,6 +175,10 @@ def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dic
         _whole("partial_images", given.pop("partial_images", 0), 0, 3),
         _one_of("quality", given.pop("quality", "auto"), tuple(QUALITY)),
     )
+    if compressed and form.output_format == "png" and form.compression != 100:
+        fail(400, "PNG files are whole: output_compression is for jpeg and webp", setting="output_compression")
+    if form.partial_images and not form.stream:
+        fail(400, "partial_images come only in a stream: ask for stream, too", setting="partial_images")
     if form.response_format == "url" and form.stream:
         fail(400, "a stream carries its pictures as base64; leave response_format out", setting="response_format")
     if form.response_format == "url" and form.output_format != "png":
@@ -260,6 +272,8 @@ def _keep_mask(context: Context, data: bytes) -> Any:
     image = open_picture(data)
     if image.mode != "RGBA":
         fail(400, "the mask must be transparent where the picture is to be redrawn", setting="mask")
+    if image.getchannel("A").getextrema() == (255, 255):
+        fail(400, "the mask is opaque everywhere: make transparent what is to be redrawn", setting="mask")
     file = io.BytesIO()
     image.getchannel("A").point([255 - a for a in range(256)]).convert("RGB").save(file, "PNG")
     return context.uploads.keep(file.getvalue())

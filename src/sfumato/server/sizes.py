@@ -50,7 +50,9 @@ def _refuse(facts: ModelFacts, sides: list[int], scales: list[int], fit: bool) -
     else:
         unit = min(k for k in scales if sides[0] * sides[1] <= facts.max_pixels * k**2) * facts.multiple
         nearest = "x".join(str(max(1, round(s / unit)) * unit) for s in sides)
-        rules = ", or ".join(f"{k * facts.multiple}" + (f" enlarged by {k}" if k > 1 else "") for k in sorted(scales))
+        rules = ", or ".join(
+            f"{k * facts.multiple}" + (f" enlarged by {k}" if k > 1 else "") for k in sorted({*scales})
+        )
         what = f"does not fit: model {facts.name!r} makes sides that are multiples of {rules}; the nearest is {nearest}"
     raise (TooLarge if large else BadRequest)(f"size {sides[0]}x{sides[1]} {what}", "width")
 
