@@ -152,8 +152,8 @@ def test_edits_repaint_what_the_mask_leaves_open(client: openai.OpenAI) -> None:
     assert not np.array_equal(after[:, 8:], old[:, 8:])
     with pytest.raises(openai.BadRequestError, match="transparent where"):
         client.images.edit(image=("a.png", file_of(before)), mask=("m.png", file_of(before)), prompt="a")
+    whole = Image.new("RGBA", (16, 16), "white")
     with pytest.raises(openai.BadRequestError, match="opaque everywhere"):
-        whole = Image.new("RGBA", (16, 16), "white")
         client.images.edit(image=("a.png", file_of(before)), mask=("m.png", file_of(whole)), prompt="a")
     with pytest.raises(openai.BadRequestError, match=r"image .*is too long and narrow"):
         client.images.edit(image=("a.png", file_of(Image.new("RGB", (400, 2)))), prompt="a")
