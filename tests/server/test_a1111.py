@@ -65,7 +65,7 @@ def test_lists(shared: Server) -> None:
     [
         ({"restore_faces": True}, "restore_faces is not there"),
         ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts is not there"),
-        ({"sampler_name": "best"}, "unknown sampler_name 'best'"),
+        ({"sampler_name": "best"}, "unknown sampler 'best'"),
         ({"cfg_scale": "4"}, "cfg_scale must be a number"),
         ({"negative_prompt": [1]}, "negative_prompt must be text, not [1]"),
         ({"batch_size": 101}, "batch_size × n_iter must be a whole number from 1 to 100"),
