@@ -73,7 +73,7 @@ function tray() {
     h("button", { type: "button", disabled: !two, onclick: () => (location.hash = `#/compare/${chosen[0].id}/${chosen[1].id}`) }, "Compare"),
     h("button", { type: "button", disabled: !two, onclick: () => { away(); actions.interpolate(chosen[0], chosen[1]); } }, "Interpolate"),
     h("button", { type: "button", onclick: () => discard(chosen, away) }, "Delete"),
-    h("button", { type: "button", class: "quiet", onclick: away }, "None"));
+    h("button", { type: "button", class: "quiet", onclick: away }, "Choose none"));
 }
 
 async function discard(pictures, then = () => {}) {
