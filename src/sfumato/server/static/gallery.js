@@ -1,7 +1,7 @@
 // The gallery: search, a picture's own page, comparing two, and what can be done with each.
 
 import { get, remove } from "./api.js";
-import { $, fill, h, lightDismiss, openDialog, short, toast } from "./dom.js";
+import { $, fill, h, lightDismiss, openDialog, round, short, toast } from "./dom.js";
 
 const actions = {}; // reuse, replay, vary, start, interpolate: given by main
 const picked = new Map();
@@ -99,7 +99,8 @@ export function facts(picture) {
   for (const [key, value] of Object.entries(r)) {
     const name = key in NAMES ? NAMES[key] : key.replaceAll("_", " ");
     if (!name || value == null || value === "" || (value === 0 && key !== "seed") || (value === 1 && key === "best_of")) continue;
-    rows.push([name, Array.isArray(value) ? value.join(", ") : typeof value === "object" ? "a picture" : String(value)]);
+    const said = (v) => (typeof v === "number" && !Number.isInteger(v) ? round(v, 4) : String(v));
+    rows.push([name, Array.isArray(value) ? value.map(said).join(", ") : typeof value === "object" ? "a picture" : said(value)]);
   }
   rows.push(["model", picture.model.name]);
   return rows;

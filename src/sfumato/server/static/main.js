@@ -97,8 +97,9 @@ const actions = {
     const same = from.prompt === to.prompt;
     const between = [1, 2, 3, 4, 5].map((k) => k / 6);
     const requests = [from, ...between.map((v) => ({ ...from, ...(!same && { prompt_to: to.prompt, mix: v }), ...(from.seed !== to.seed && { variation_seed: to.seed, variation_strength: v }) })), to];
+    const title = same ? `“${short(from.prompt, 40)}”, from seed ${from.seed} to ${to.seed}` : `From “${short(from.prompt, 30)}” to “${short(to.prompt, 30)}”`;
     toStudio();
-    jobs.runStrip(requests.map((r) => ({ ...r, n: 1 })), ["first", ...between.map((v) => `${Math.round(100 * v)} %`), "second"], `From “${short(from.prompt, 30)}” to “${short(to.prompt, 30)}”`);
+    jobs.runStrip(requests.map((r) => ({ ...r, n: 1 })), ["first", ...between.map((v) => `${Math.round(100 * v)} %`), "second"], title);
   },
   start(picture) {
     start.startFrom({ id: picture.id, url: picture.url, width: picture.width, height: picture.height });
