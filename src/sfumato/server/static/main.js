@@ -103,6 +103,7 @@ const actions = {
   },
   start(picture) {
     start.startFrom({ id: picture.id, url: picture.url, width: picture.width, height: picture.height });
+    if (!$("prompt").value.trim()) $("prompt").value = picture.request.prompt; // to be changed
     toStudio();
     $("from").scrollIntoView({ block: "center" });
   },

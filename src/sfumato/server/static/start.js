@@ -5,7 +5,7 @@ import { $, lightDismiss, openDialog, toast } from "./dom.js";
 import { setSize, state, tell } from "./form.js";
 
 const MAX = 32 * 2 ** 20;
-const TINT = "#d9822b"; // of the mask as it is painted; only where it is counts
+const TINT = "#e11d8f"; // of the mask as it is painted, a colour that few pictures have; only where it is counts
 
 export function setUp() {
   $("file").addEventListener("change", async () => {
