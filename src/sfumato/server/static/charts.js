@@ -70,10 +70,9 @@ function draw(root, { series, x, y, xlog = false, ylog = false, mark = null }, W
     if (s.name) names.push({ s, at: py(last) });
   }
   names.sort((a, b) => a.at - b.at);
-  let above = -Infinity;
-  for (const { s, at } of names) {
-    const place = Math.max(at, above + 15);
-    above = place;
-    root.append(text(s.name, { class: `name s${s.index}`, x: W - RIGHT + 10, y: place + 4 }));
-  }
+  let edge = -Infinity;
+  for (const name of names) name.at = edge = Math.max(name.at, edge + 15); // apart from the one above
+  edge = H - BOTTOM + 15;
+  for (const name of names.toReversed()) name.at = edge = Math.min(name.at, edge - 15); // and not below the axis
+  for (const { s, at } of names) root.append(text(s.name, { class: `name s${s.index}`, x: W - RIGHT + 10, y: at + 4 }));
 }
