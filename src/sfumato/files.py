@@ -45,6 +45,21 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = True) -> None
             temporary.unlink()
 
 
+def sweep(folder: Path, before: set[str]) -> set[str]:
+    """Remove what crashes left half-written in a folder, where others may be writing.
+
+    Args:
+        before: what the last sweep returned, long enough ago for any file to have been written: the names of files that
+            were being written then. Those that still are have nobody who writes them.
+    """
+    with os.scandir(folder) as files:
+        names = {f.name for f in files if f.name.startswith(".") and f.name.endswith(PART)}
+    for name in names & before:
+        with contextlib.suppress(OSError):  # another server's sweep was faster
+            os.unlink(folder / name)
+    return names - before
+
+
 def check_target(path: Path, suffix: str, *, overwrite: bool) -> None:
     """Refuse, before the work begins, a file that could not be written after it.
 

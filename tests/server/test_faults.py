@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from serving import END, START, Serve, Server, until
 
+from sfumato.files import sweep
 from sfumato.server.errors import ApiError
 from sfumato.server.uploads import Uploads
 
@@ -200,6 +201,19 @@ def test_a_bomb_is_refused_before_it_is_decoded(shared: Server) -> None:
     answer = shared.http.post("/jobs", json={"prompt": "a", "init": base64.b64encode(file.getvalue()).decode()})
     assert answer.status_code == 422
     assert "12000×8000 is more than the 16 million pixels" in answer.json()["error"]["message"]
+
+
+def test_what_a_crash_left_half_written_is_swept_away_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    def write(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).touch()
+
+    write("a.png", ".a.png.01.part", ".b.png.02.part")
+    seen = sweep(tmp_path, set())
+    (tmp_path / ".b.png.02.part").rename(tmp_path / "b.png")
+    write(".c.png.03.part")
+    assert sweep(tmp_path, seen) == {".c.png.03.part"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png", ".c.png.03.part"}
 
 
 def test_uploads_are_bounded_and_what_a_job_needs_is_kept(tmp_path: Path) -> None:

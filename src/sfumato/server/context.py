@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from sqlalchemy.exc import DatabaseError
 
 from sfumato.errors import BadRequest, SfumatoError, TooLarge, nearest
+from sfumato.files import sweep
 from sfumato.pipeline.request import Request
 from sfumato.server.errors import code_of, fail
 from sfumato.server.gallery import Gallery, iso
@@ -511,8 +512,11 @@ class Context:
 
     async def _maintain(self) -> None:
         """Keep leases, hear of cancelling by other servers, take up what others left."""
-        renewed = recovered = pruned = time.monotonic()
+        renewed = recovered = time.monotonic()
+        pruned = renewed - PRUNE_EVERY  # at once
         orphans: set[str] = set()
+        folders = (self.settings.pictures, self.settings.uploads)
+        unfinished: list[set[str]] = [set(), set()]
         while True:
             await asyncio.sleep(POLL)
             now = time.monotonic()
@@ -536,9 +540,11 @@ class Context:
                         self._wake.set()
                 if now - pruned > PRUNE_EVERY:
                     pruned = now
+                    unfinished = [await asyncio.to_thread(sweep, *f) for f in zip(folders, unfinished, strict=True)]
                     await self.db(self.queue.prune)
-            except DatabaseError as e:
-                log("the queue cannot be kept", level=logging.ERROR, reason=reason_of(e))
+            except (DatabaseError, OSError) as e:
+                reason = reason_of(e) if isinstance(e, DatabaseError) else type(e).__name__
+                log("the queue cannot be kept", level=logging.ERROR, reason=reason)
 
     # ── small things ─────────────────────────────────────────────────────────────────────────────────
 
