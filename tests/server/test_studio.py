@@ -342,6 +342,8 @@ def test_look_inside(open_page: Open, site: str) -> None:
     page.click("#theme")
     assert fits(page)
     assert faults(page) == [], "on a phone, in the dark"
+    fills = page.locator(".plot .line").evaluate_all("lines => lines.map((l) => getComputedStyle(l).fill)")
+    assert set(fills) == {"none"}, "lines, and no areas"
     shoot(page, "inside-phone-dark")
     page.goto(f"{site}/docs")
     assert faults(page) == [], "the API's page"
