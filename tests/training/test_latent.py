@@ -170,6 +170,13 @@ def test_a_frozen_tower_reads_each_caption_once(vae: Path, tmp_path: Path, monke
     forget_the_end(tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole/cache")  # made anew, and the same
     assert train(raw, tmp_path, "whole").read_bytes() == final_bytes
+    forget_the_end(tmp_path / "whole")
+    text = Path(raw["latents"]["text"])
+    own = text.read_bytes()
+    shutil.copy(train({**latent(str(vae)), "seed": 1}, tmp_path, "other"), text)
+    with pytest.raises(BadData, match="differs in the data's content"):  # another tower has read the words
+        train(raw, tmp_path, "whole")
+    text.write_bytes(own)
     monkeypatch.setattr(TextTower, "forward", None)  # all it says is known by now
     task = build_task(recipe, tmp_path, tmp_path / "run", World(), Progress(quiet=True))
     task.losses(task.module, task.fetch(range(4))).loss.mean().backward()

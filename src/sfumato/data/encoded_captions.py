@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,12 @@ class EncodedCaptions:
         context = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         mask = torch.arange(context.shape[1])[None] < lengths[:, None]
         return {"context": context, "mask": mask, "pooled": self.pooled[rows].float()}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all states, to tell whether another tower has read the captions since a run began."""
+        digest = hashlib.sha256(self.context.numpy())
+        digest.update(self.pooled.numpy())
+        return digest.hexdigest()
 
 
 def captions_of(pictures: Pictures) -> list[str]:

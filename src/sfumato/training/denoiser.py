@@ -6,6 +6,7 @@ picture: −cos(projected states, features), as REPA does (2410.06940, eq. 8).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,8 +141,9 @@ class DenoiserTask:
         return words | {k: _filled(words[k], spare) for k in words.keys() - {"pooled"}}
 
     def fingerprint(self) -> str:
-        """SHA-256 of the pictures and their columns."""
-        return self.pictures.fingerprint()
+        """SHA-256 of the pictures and their columns, and of their captions' states where these are known."""
+        own = self.pictures.fingerprint()
+        return own if self.words is None else hashlib.sha256(f"{own}/{self.words.fingerprint()}".encode()).hexdigest()
 
     def losses(self, module: Callable[..., Any], batch: Prepared) -> Losses:
         """Return the losses of one micro-batch."""
