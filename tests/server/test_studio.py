@@ -162,7 +162,7 @@ def fits(page: Page) -> bool:
 def test_paint_watch_reload_search(open_page: Open, site: str) -> None:
     page = open_page()
     assert page.locator("#easel h2").inner_text() == "Every picture begins as noise"
-    begin(page, "a red apple", n=2, steps=60, seed=5)
+    begin(page, "a red apple", n=2, steps=60, seed=5, width=32, height=32)
     preview = page.locator(".easel.live .tile img").first
     preview.wait_for()
     assert (preview.get_attribute("src") or "").startswith("data:image/png;base64,"), "watched as it comes out"
@@ -211,7 +211,7 @@ def test_sizes_are_those_of_the_picture_that_comes_out(open_page: Open, site: st
 
 def test_cancel_and_come_back(open_page: Open, site: str) -> None:
     page = open_page()
-    begin(page, "a blue house", n=8, steps=100)
+    begin(page, "a blue house", n=8, steps=200, width=64, height=64)  # longer than a page takes to load
     page.locator("#progress:not([hidden])").wait_for()
     page.reload()
     page.locator("#progress:not([hidden])").wait_for()  # still watched after coming back
