@@ -198,5 +198,6 @@ def test_a_rank_that_fails_or_dies_ends_the_real_command_in_one_line_each(tmp_pa
         assert all("007.png was whole when the run began, and is not any more" in line for line in lines)
     else:
         assert len(lines) == 1
-        assert "another rank is gone" in lines[0]
+        # The launcher ends the survivors at once: now and then before they have noticed themselves.
+        assert "another rank is gone" in lines[0] or lines[0] == "sfumato: terminated"
     assert said.count("Traceback") == 1  # the launcher's own

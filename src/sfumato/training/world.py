@@ -169,4 +169,4 @@ def joined(device: str) -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
-        time.sleep(LET_GO)
+    time.sleep(LET_GO)  # not after an error: its words come first
