@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import json
 import random
 import shutil
@@ -40,10 +41,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
+    T5TokenizerFast,
 )
 
 from sfumato.pipeline.noise import start
-from sfumato.text.tokenizer import clip_vocabulary, packaged_merges, packaged_pairs
+from sfumato.text.tokenizer import clip_vocabulary, packaged_merges, packaged_pairs, packaged_pieces
 
 
 @cache
@@ -228,9 +230,18 @@ def t5_tokenizer(length: int) -> PreTrainedTokenizerFast:
     )
 
 
-def t5_encoder(r: random.Random, dim: int) -> T5EncoderModel:
+@cache
+def t5s_own_tokenizer() -> T5TokenizerFast:
+    """transformers' tokenizer of T5 from the packaged pieces, scores and table."""
+    packaged = json.loads(packaged_pieces())
+    pieces = [(piece, score) for piece, score in packaged["model"]["vocab"]]
+    table = base64.b64decode(packaged["normalizer"]["precompiled_charsmap"])
+    return T5TokenizerFast(vocab=pieces, _spm_precompiled_charsmap=table, model_max_length=512)
+
+
+def t5_encoder(r: random.Random, dim: int, vocabulary: int = 40) -> T5EncoderModel:
     config = T5Config(
-        vocab_size=40, d_model=dim, d_kv=8, d_ff=48, num_layers=2, num_heads=r.choice([2, 3]),
+        vocab_size=vocabulary, d_model=dim, d_kv=8, d_ff=48, num_layers=2, num_heads=r.choice([2, 3]),
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     return shaken(T5EncoderModel(config))
@@ -266,7 +277,7 @@ def make_sd3(r: random.Random, with_t5: bool) -> StableDiffusion3Pipeline:
     )  # fmt: skip
 
 
-def make_flux(r: random.Random, guided: bool) -> FluxPipeline:
+def make_flux(r: random.Random, guided: bool, axes: tuple[int, int, int] = (2, 6, 8)) -> FluxPipeline:
     heads, head_dim, context = r.choice([1, 2]), 16, r.choice([24, 32])
     transformer = FluxTransformer2DModel(
         in_channels=64,
@@ -277,7 +288,7 @@ def make_flux(r: random.Random, guided: bool) -> FluxPipeline:
         joint_attention_dim=context,
         pooled_projection_dim=64,
         guidance_embeds=guided,
-        axes_dims_rope=(2, 6, 8),
+        axes_dims_rope=axes,
     )
     return FluxPipeline(
         transformer=shaken(transformer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
-from published import make, shaken, their_picture
+from published import make, make_flux, make_sd3, shaken, t5_encoder, t5s_own_tokenizer, their_picture
 from safetensors.torch import load_file, save_file
+from transformers import T5TokenizerFast
 
 import sfumato
 from sfumato.checkpoints import keymaps
@@ -153,6 +155,48 @@ def test_pictures_of_flows_equal_diffusers(flowing: Saved, tmp_path: Path) -> No
         assert np.array_equal(again.pixels, picture.pixels)
     else:
         assert sfumato.load(bare).model.card["T5"].startswith("left out: it holds a T5 encoder without")
+
+
+@pytest.mark.parametrize("kind", ["dev", "schnell", "sd3"])
+def test_bare_files_whose_t5_has_t5s_own_rows_read_by_the_packaged_vocabulary(kind: str, tmp_path: Path) -> None:
+    r, n = random.Random(kind), 3 if kind == "sd3" else 2
+    torch.manual_seed(1)
+    theirs = make_sd3(r, with_t5=True) if kind == "sd3" else make_flux(r, guided=kind == "dev", axes=(4, 6, 6))
+    width = theirs.transformer.config.joint_attention_dim
+    theirs.register_modules(
+        **{f"text_encoder_{n}": t5_encoder(r, width, vocabulary=32128), f"tokenizer_{n}": t5s_own_tokenizer()}
+    )
+    theirs.save_pretrained(tmp_path / "model")
+    ours = sfumato.load(tmp_path / "model")
+    assert ours.model.card["T5"] == "used, by its own tokenizer.json"
+    side = 8 * ours.model.factor
+    request: dict[str, Any] = {"steps": 4, "sampler": "flow-euler", "spacing": "shift", "width": side, "height": side}
+    request |= {"seed": 3, "guidance": 1.0 if kind == "schnell" else 3.5}
+    asked: dict[str, Any] = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25]}
+    asked |= {"guidance_scale": request["guidance"], "max_sequence_length": 512 if kind == "dev" else 256}
+    prompt = "  Ein Café,\tdetails: ½ ﬁne ＡＢＣ 狐 🦊  in the   snow "
+    [picture] = ours.generate(prompt, **request)
+    expected = their_picture(theirs, 3, ours.model.channels, side, ours.model.factor, prompt=prompt, **asked)
+    assert picture.pixels.std() > 5, "a flat picture proves nothing"
+    assert np.abs(picture.pixels.astype(int) - expected).max() <= 2
+
+    tensors = load_file(convert(tmp_path / "model", tmp_path / "model.safetensors"))
+    clip, t5 = "text_encoders.clip_l.", "text_encoders.t5xxl."
+    tensors |= {f"{clip}logit_scale": torch.tensor(4.6), f"{t5}logit_scale": torch.tensor(4.6)}  # as the shared ones do
+    tensors[f"{t5}transformer.encoder.embed_tokens.weight"] = tensors[f"{t5}transformer.shared.weight"].clone()
+    tensors.setdefault(f"{clip}transformer.text_projection.weight", torch.eye(64))
+    bare = tmp_path / "bare.safetensors"
+    save_file(tensors, bare)
+    alone = sfumato.load(bare)
+    assert alone.model.card["T5"] == "used, by the packaged vocabulary"
+    [again] = alone.generate(prompt, **request)
+    assert np.array_equal(again.pixels, picture.pixels)
+
+    back = convert(bare, tmp_path / "back")  # which others can read
+    read = T5TokenizerFast.from_pretrained(back / f"tokenizer_{n}")
+    assert read(prompt).input_ids == t5s_own_tokenizer()(prompt).input_ids
+    [again] = sfumato.load(back).generate(prompt, **request)
+    assert np.array_equal(again.pixels, picture.pixels)
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTokenizer
+from tokenizers import Tokenizer, models
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from sfumato.checkpoints.folder import read_tokenizer
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.text.prompt import chunks, grid, parse, weigh
-from sfumato.text.tokenizer import clip_vocabulary, clip_words, packaged_clip, packaged_merges
+from sfumato.text.tokenizer import (
+    T5_ROWS,
+    clip_vocabulary,
+    clip_words,
+    packaged_clip,
+    packaged_merges,
+    packaged_pieces,
+    packaged_t5,
+    t5_words,
+)
 
 PROMPTS = [
     "an astronaut riding a horse, oil painting, golden hour",
@@ -48,6 +59,62 @@ def test_equals_transformers_from_either_kind_of_files(tmp_path: Path) -> None:
         for prompt in PROMPTS:
             expected = theirs(prompt, padding="max_length", max_length=77, truncation=True).input_ids
             assert words.row(words(prompt)) == expected, prompt
+
+
+def test_the_packaged_t5_vocabulary_is_t5s() -> None:
+    tokenizer = packaged_t5()
+    assert tokenizer.get_vocab_size() == 32_000 + 100
+    special = ("<pad>", "</s>", "<unk>", "<extra_id_99>", "<extra_id_0>")
+    assert [tokenizer.token_to_id(token) for token in special] == [0, 1, 2, 32_000, 32_099]
+    # What transformers' own tests say that t5-base's tokenizer gives.
+    published = {
+        "A long paragraph for summarization.": [71, 307, 8986, 21, 4505, 1635, 1707, 5, 1],
+        "Hey how are you doing": [9459, 149, 33, 25, 692, 1],
+        "<pad> Today is <unk> nice day": [0, 1960, 19, 2, 1245, 239, 1],
+        "The quick brown fox jumps over the lazy dog.": [37, 1704, 4216, 3, 20400, 4418, 7, 147, 8, 19743, 1782, 5, 1],
+        "BERT is designed to pre-train deep bidirectional representations from unlabeled text by jointly conditioning "
+        "on both left and right context in all layers.": [
+            272, 24203, 19, 876, 12, 554, 18, 9719, 1659, 2647, 26352, 6497, 7, 45, 73, 9339, 400, 26, 1499, 57, 22801,
+            10760, 30, 321, 646, 11, 269, 2625, 16, 66, 7500, 5, 1,
+        ],
+    }  # fmt: skip
+    for text, ids in published.items():
+        assert tokenizer.encode(text).ids == ids, text
+
+
+def test_t5_equals_transformers_on_hard_strings() -> None:
+    packaged = json.loads(packaged_pieces())
+    pieces = [(piece, score) for piece, score in packaged["model"]["vocab"]]
+    table = base64.b64decode(packaged["normalizer"]["precompiled_charsmap"])
+    theirs = T5TokenizerFast(vocab=pieces, _spm_precompiled_charsmap=table)
+    words = t5_words({}, 512, T5_ROWS)
+    r = random.Random(0)
+    alphabet = [
+        *"aeiou Éßñșŭ \t\n\u00a0\u3000\u200b▁½ﬁﬀ℃Ⅷ①ｱｶﾞＡｂ１",
+        "e\u0301",
+        "北京",
+        "🦊",
+        "👩\u200d🚀",
+        "\ufeff",
+        "</s>",
+        "<extra_id_7>",
+    ]
+    drawn = ["".join(r.choice(alphabet) for _ in range(r.randint(1, 40))) for _ in range(300)]
+    for text in [*PROMPTS, " ", "   a    b   ", "a red fox in the snow, " * 2000, *drawn]:
+        assert words(text) == theirs(text, add_special_tokens=False).input_ids, text[:80]
+        assert words.row(words(text)) == theirs(text, padding="max_length", max_length=512, truncation=True).input_ids
+    assert words("ＡＢＣ  ½ ﬁne") == words("ABC 1⁄2 fine")  # the table's work
+    assert 2 not in words("et ça coûte 5 euros, süß!"), "a piece is unknown"
+
+
+def test_the_packaged_t5_vocabulary_is_for_its_own_rows_and_stands_back() -> None:
+    for rows in (40, 32_100, 250_112):
+        with pytest.raises(BadCheckpoint, match=f"for 32128 rows, this encoder has {rows}"):
+            t5_words({}, 256, rows)
+    with pytest.raises(BadCheckpoint, match=r"only vocab\.json"):
+        t5_words({"vocab.json": "{}"}, 256, T5_ROWS)
+    own = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("a", -1.0)], unk_id=2)).to_str()
+    assert t5_words({"tokenizer.json": own}, 256, T5_ROWS)("a") == [3]
 
 
 @pytest.mark.parametrize(

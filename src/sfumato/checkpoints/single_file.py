@@ -34,7 +34,7 @@ _IGNORED = re.compile(
     r"model_ema\..*|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|scale_factor|loss\..*"
     r"|denoiser\..*|v_pred|ztsnr|.*\.position_ids|.*\.logit_scale|.*\.attn_mask|.*\.visual\..*|lvlb_weights"
     r"|cond_stage_model\.model\.text_projection|first_stage_model\.loss\..*"
-    r"|.*\.encoder\.embed_tokens\.weight"
+    r"|.*\.encoder\.embed_tokens\.weight|text_encoders\.clip_l\.transformer\.text_projection\.weight"
 )
 
 
@@ -189,7 +189,8 @@ def _described(path: Path, layout: Layout, shapes: Shapes) -> dict[str, Any]:
     for part in layout.parts:
         own = {k.removeprefix(part.prefix): s for k, s in shapes.items() if k.startswith(part.prefix)}
         if not own and part.optional:
-            configs[""].pop(part.component, None)
+            for absent in (part.component, part.component.replace("text_encoder", "tokenizer")):
+                configs[""].pop(absent, None)
             continue
         if not own:
             raise BadCheckpoint(
@@ -375,6 +376,15 @@ def describe_clip(s: Shapes) -> dict[str, Any]:
         ),
         "hidden_act": "quick_gelu",
     }
+
+
+def _plain_clip(config: Json) -> Iterator[Place]:
+    """CLIP's tower without its projection, which FLUX files may hold and FLUX does not use."""
+    return (place for place in keymaps.clip(config) if not place.theirs.startswith("text_projection"))
+
+
+def _describe_plain_clip(s: Shapes) -> dict[str, Any]:
+    return describe_clip({k: v for k, v in s.items() if k != "text_projection.weight"})
 
 
 def describe_open_clip(s: Shapes, skipped: int = 0, projected: bool = True) -> dict[str, Any]:
@@ -597,6 +607,7 @@ LAYOUTS: tuple[Layout, ...] = (
                 "text_encoder_3": "T5EncoderModel",
                 "tokenizer": "CLIPTokenizer",
                 "tokenizer_2": "CLIPTokenizer",
+                "tokenizer_3": "T5TokenizerFast",
                 "scheduler": "FlowMatchEulerDiscreteScheduler",
             },
         ),
@@ -610,7 +621,7 @@ LAYOUTS: tuple[Layout, ...] = (
             (
                 Part("transformer", prefix, keymaps.flux, describe_flux),
                 Part("vae", "vae.", keymaps.autoencoder, describe_autoencoder),
-                Part("text_encoder", "text_encoders.clip_l.transformer.", keymaps.clip, describe_clip),
+                Part("text_encoder", "text_encoders.clip_l.transformer.", _plain_clip, _describe_plain_clip),
                 Part("text_encoder_2", "text_encoders.t5xxl.transformer.", keymaps.t5, describe_t5),
             ),
             _index(

@@ -38,7 +38,7 @@ from sfumato.text.clip import CLIPText
 from sfumato.text.prompt import chunks, grid, parse, spell_prompt, weigh
 from sfumato.text.spelling import Word
 from sfumato.text.t5 import T5Encoder
-from sfumato.text.tokenizer import Words, clip_words, t5_words
+from sfumato.text.tokenizer import T5_ROWS, Words, clip_words, packaged_t5, t5_words
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -266,23 +266,34 @@ class LongTower:
 
 
 def t5(model: Published, component: str, tokenizer: str, length: int) -> LongTower | None:
-    """Build T5's encoder and its tokenizer; None if the model has not both."""
-    if component not in model.tensors or not model.tokenizers.get(tokenizer):
+    """Build T5's encoder and its tokenizer; None if the model has not both, and the packaged vocabulary is not its."""
+    if component not in model.tensors:
+        return None
+    config, texts = t5_config(model.config(component)), model.tokenizers.get(tokenizer, {})
+    if not texts and config.vocabulary != T5_ROWS:
         return None
     try:
-        words = t5_words(model.tokenizers[tokenizer], length)
+        words = t5_words(texts, length, config.vocabulary)
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{model.path}: {tokenizer}: {e}") from None
-    config = t5_config(model.config(component))
     _check_vocabulary(model, component, words, config.vocabulary)
     return LongTower(build(model, component, T5Encoder, config), words)
+
+
+def t5_used(tower: LongTower) -> dict[str, str]:
+    """Whose vocabulary a T5 encoder reads by, for the card."""
+    packaged = tower.words.tokenizer is packaged_t5()
+    return {"T5": f"used, by {'the packaged vocabulary' if packaged else 'its own tokenizer.json'}"}
 
 
 def no_t5(model: Published, component: str) -> str:
     """Why a model's T5 encoder cannot be built, and what would help."""
     if component not in model.tensors:
         return "it holds no T5 encoder"
-    return "it holds a T5 encoder without its tokenizer.json: take a folder that has both, and of this --denoiser FILE"
+    return (
+        f"it holds a T5 encoder without its tokenizer.json, and not of the packaged vocabulary's {T5_ROWS} rows: take "
+        "a folder that has both, and of this --denoiser FILE"
+    )
 
 
 def _check_vocabulary(model: Published, component: str, words: Words, known: int) -> None:

@@ -12,12 +12,20 @@ from pathlib import Path
 
 from sfumato.checkpoints.folder import read_folder, write_folder
 from sfumato.checkpoints.formats import form_of, weights
-from sfumato.checkpoints.published import Published
+from sfumato.checkpoints.published import Json, Published
 from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file, write_tensors
 from sfumato.checkpoints.tensors import read_header
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import recognize
-from sfumato.text.tokenizer import END, START, clip_vocabulary, packaged_merges, packaged_pairs
+from sfumato.text.tokenizer import (
+    END,
+    START,
+    T5_ROWS,
+    clip_vocabulary,
+    packaged_merges,
+    packaged_pairs,
+    packaged_pieces,
+)
 
 
 def convert(source: Path, target: Path, variant: str | None = None, *, allow_pickle: bool = False) -> Path:
@@ -50,6 +58,10 @@ def layout_of(model: Published) -> Layout:
     return min(layouts, key=lambda own: sum(p.component not in model.tensors for p in own.parts if not p.optional))
 
 
+T5_SETTINGS = {
+    "tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100,
+    "model_max_length": 512,
+}  # fmt: skip
 VOCABULARY_FILES = frozenset({"tokenizer.json", "vocab.json", "merges.txt"})
 
 
@@ -70,22 +82,31 @@ def _without_packaged(model: Published) -> Published:
 
 
 def with_tokenizers(model: Published) -> Published:
-    """The model with the files of the packaged vocabulary where it uses that, so that others can read the folder."""
+    """The model with the files of the packaged vocabularies where it uses them, so that others can read the folder."""
     tokenizers = {k: dict(v) for k, v in model.tokenizers.items()}
-    for component in model.tensors:
-        name = component.replace("text_encoder", "tokenizer")
-        is_clip = "embeddings.token_embedding.weight" in model.tensors[component]
-        own = tokenizers.setdefault(name, {})
-        if not is_clip or own.keys() & VOCABULARY_FILES:
+    for component, tensors in model.tensors.items():
+        own = tokenizers.setdefault(component.replace("text_encoder", "tokenizer"), {})
+        if own.keys() & VOCABULARY_FILES:
             continue
-        pad = "!" if model.configs[component].get("hidden_act") == "gelu" else END  # as each was trained
-        settings = {
-            "tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END, "unk_token": END,
-            "pad_token": pad, "model_max_length": model.configs[component].get("max_position_embeddings", 77),
-        }  # fmt: skip
-        own |= {
-            "vocab.json": json.dumps(clip_vocabulary(packaged_pairs()), ensure_ascii=False),
-            "merges.txt": "#version: 0.2\n" + packaged_merges(),
-        }
+        if "embeddings.token_embedding.weight" in tensors:
+            vocabulary, settings = _clip_files(model.configs[component])
+        elif len(tensors.get("shared.weight", ())) == T5_ROWS:
+            vocabulary, settings = {"tokenizer.json": packaged_pieces()}, T5_SETTINGS
+        else:
+            continue
+        own |= vocabulary
         own.setdefault("tokenizer_config.json", json.dumps(settings, indent=2))
     return replace(model, tokenizers=tokenizers)
+
+
+def _clip_files(config: Json) -> tuple[dict[str, str], Json]:
+    pad = "!" if config.get("hidden_act") == "gelu" else END  # as each was trained
+    settings = {
+        "tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad,
+        "model_max_length": config.get("max_position_embeddings", 77),
+    }  # fmt: skip
+    vocabulary = {
+        "vocab.json": json.dumps(clip_vocabulary(packaged_pairs()), ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + packaged_merges(),
+    }
+    return vocabulary, settings

@@ -59,6 +59,7 @@ def load(model: Published, name: str) -> Model:
         network,
         vae,
         "flow: this family's only one",
+        common.t5_used(t5),
         encode=encode,
         words=t5.spell,
         truncated=t5.truncated,

@@ -72,7 +72,7 @@ def load(model: Published, name: str) -> Model:
         network,
         vae,
         "flow: this family's only one",
-        {"T5": "used" if t5 is not None else f"left out: {common.no_t5(model, 'text_encoder_3')}"},
+        {"T5": f"left out: {common.no_t5(model, 'text_encoder_3')}"} if t5 is None else common.t5_used(t5),
         encode=encode,
         words=words,
         truncated=(lambda prompt: 0) if t5 is None else t5.truncated,

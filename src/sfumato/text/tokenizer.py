@@ -1,8 +1,9 @@
-"""Tokenizers of published text encoders, from the checkpoint's own files or, for CLIP, from the package."""
+"""Tokenizers of published text encoders, from the checkpoint's own files or from the package."""
 
 from __future__ import annotations
 
 import json
+import lzma
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ ADDED_WORDS = "sfumato_words.json"  # learned words: how each is written, and it
 SETTINGS = {ADDED_WORDS, "tokenizer_config.json", "special_tokens_map.json"}
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 VOCABULARY = 49_408  # number of CLIP's tokens
+T5_ROWS = 32_128  # of T5's table, which has some more than there are pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +135,37 @@ def clip_words(texts: Mapping[str, str], length: int, pad: int | None = None) ->
     return Words(tokenizer, start, end, padding, length, added)
 
 
-def t5_words(texts: Mapping[str, str], length: int) -> Words:
-    """T5's tokenizer from its ``tokenizer.json``; BadCheckpoint if that is not there or not readable."""
-    if "tokenizer.json" not in texts:
-        raise BadCheckpoint("T5's tokenizer is read from a tokenizer.json, and there is none")
-    tokenizer = _from_texts(texts)
+def packaged_pieces() -> str:
+    """The packaged T5 vocabulary, as the text of a ``tokenizer.json``."""
+    return lzma.decompress((files("sfumato") / "text" / "t5_vocabulary" / "tokenizer.json.xz").read_bytes()).decode()
+
+
+@cache
+def packaged_t5() -> Tokenizer:
+    """T5's tokenizer from the package's own vocabulary, shared: do not change it."""
+    return Tokenizer.from_str(packaged_pieces())
+
+
+def t5_words(texts: Mapping[str, str], length: int, rows: int) -> Words:
+    """T5's tokenizer from its ``tokenizer.json``, or the packaged one if there is no vocabulary among the texts.
+
+    Args:
+        rows: of the encoder's table: the packaged vocabulary is for T5's own number of them alone.
+
+    Raises BadCheckpoint for texts that cannot be read, or without a vocabulary where the packaged one does not fit.
+    """
+    if "tokenizer.json" in texts:
+        tokenizer = _from_texts(texts)
+    elif texts.keys() - SETTINGS:
+        raise BadCheckpoint(
+            f"T5's tokenizer is read from a tokenizer.json, and there is only {', '.join(sorted(texts))}"
+        )
+    elif rows == T5_ROWS:
+        tokenizer = packaged_t5()
+    else:
+        raise BadCheckpoint(
+            f"there is no tokenizer.json, and the packaged T5 vocabulary is for {T5_ROWS} rows, this encoder has {rows}"
+        )
     return Words(tokenizer, None, _id(tokenizer, "</s>"), _id(tokenizer, "<pad>"), length)
 
 
