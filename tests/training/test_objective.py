@@ -39,6 +39,29 @@ def test_a_network_that_knows_the_answer_has_no_loss(schedule, parameterization)
     assert seen[0].isfinite().all()
 
 
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v", "flow", "edm"])
+def test_what_stands_beside_sees_the_predicted_picture_and_is_added(parameterization):
+    task = objective("flow", parameterization)
+    u, eps = draws(0, PLACES, (3, 4, 4))
+    x0, wrong = (torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    u = 0.05 + 0.9 * u  # at the very ends one of the two cannot be told from the output
+    level = task.schedule((task.schedule.t_min + u * (1 - task.schedule.t_min)).float()[:, None, None, None])
+
+    def network(x, clock):  # it takes x for a mixture of another picture
+        return task.parameterization.target(
+            wrong, (x / task.parameterization.gain(level) - level.alpha * wrong) / level.sigma, level
+        )
+
+    def beside(predicted, place):
+        torch.testing.assert_close(predicted, wrong, atol=1e-3, rtol=1e-3)
+        return 5 + place
+
+    losses = task(network, x0, u, eps, beside)
+    plain = task(network, x0, u, eps)
+    assert torch.equal(losses.error, plain.loss)
+    torch.testing.assert_close(losses.loss, plain.loss + 5 + plain.place)
+
+
 def test_the_loss_of_predicting_zero_is_the_targets_size():
     x0 = torch.zeros(64, 3, 8, 8)
     u, eps = draws(0, PLACES, (3, 8, 8))

@@ -42,6 +42,7 @@ def vgg16() -> tuple[list[nn.Module], list[int]]:
 
 
 TRUNKS = {"alex": alexnet, "vgg": vgg16}
+SMALLEST = {"alex": 31, "vgg": 16}  # sides of pictures that leave something for the last pooling
 
 
 class LPIPS(nn.Module):

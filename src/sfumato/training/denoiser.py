@@ -1,11 +1,13 @@
 """The task of training a model of our own: denoiser and text tower together, on pixels or on latents.
 
 Beside the denoising loss, states of the denoiser may be drawn towards a pretrained network's features of the clean
-picture: −cos(projected states, features), as REPA does (2410.06940, eq. 8).
+picture: −cos(projected states, features), as REPA does (2410.06940, eq. 8). And what a latent denoiser predicts may be
+decoded and compared as a person would: an error of the latents then weighs what it does to the picture.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,8 +21,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sfumato.data.encoded_captions import EncodedCaptions
+from sfumato.data.latents import Latents
 from sfumato.data.pictures import Batch, Row
 from sfumato.families.native import Native, NativeConfig, metadata
+from sfumato.families.pretrained import load_lpips
 from sfumato.files import write_atomically
 from sfumato.networks.compact import CompactAutoencoder, PreviewDecoder
 from sfumato.networks.worded import WordedTransformer
@@ -58,6 +62,7 @@ class Prepared(NamedTuple):
     u: Tensor
     eps: Tensor
     features: Tensor | None = None  # (B, N, F) that the states are aligned with
+    pictures: Tensor | None = None  # (B, 3, H, W) that predictions are compared with
 
 
 class Aligned(Native):
@@ -74,6 +79,28 @@ class Aligned(Native):
         assert isinstance(self.network, WordedTransformer)
         out, states = self.network.states(x, clock, **self.states(words), layer=self.layer)
         return out, self.projector(states)
+
+
+class Perceptual(nn.Module):
+    """LPIPS of decoded predictions of x0 (B, C, h, w) and pictures (B, 3, H, W), 0 where levels are too noisy: (B,).
+
+    Args:
+        until: the share of the schedule's range up to which there is enough to compare.
+    """
+
+    def __init__(self, autoencoder: CompactAutoencoder, net: str, until: float):
+        super().__init__()
+        self.until, self.lpips = until, load_lpips(net)
+        self.decoder = copy.deepcopy(autoencoder).requires_grad_(False)  # gradients pass through it, to the prediction
+
+    def forward(self, x0: Tensor, place: Tensor, pictures: Tensor) -> Tensor:
+        """Compare."""
+        near = (place <= self.until).nonzero().flatten()
+        distance = x0.new_zeros(len(x0))
+        if not len(near):
+            return distance
+        decoded = self.decoder.decode(x0[near].contiguous(memory_format=torch.channels_last))
+        return distance.index_put((near,), self.lpips(decoded.float(), pictures[near]).float())
 
 
 class DenoiserTask:
@@ -101,6 +128,10 @@ class DenoiserTask:
     ):
         self.recipe, self.pictures, self.features = recipe, pictures, features
         self.autoencoder, self.preview = autoencoder, preview
+        self.perceptual: Perceptual | None = None
+        if recipe.latents.perceptual:
+            assert autoencoder is not None
+            self.perceptual = Perceptual(autoencoder, recipe.latents.perceptual_net, recipe.latents.perceptual_until)
         if recipe.model.text.tokenizer == "learned":
             vocabulary, path = recipe.model.text.vocabulary, run / "tokenizer.json"
             world.together(lambda: _learn_tokenizer(pictures, vocabulary, path) if world.main else None)
@@ -125,7 +156,11 @@ class DenoiserTask:
         if self.features is not None and batch.indices is not None:
             until = self.recipe.latents.align_until * self.recipe.steps * self.recipe.batch
             features = self.features[batch.indices] if places.start < until else None
-        return Prepared(batch.x0, words, u, eps, features)
+        pictures = None
+        if self.perceptual is not None and batch.indices is not None:
+            assert isinstance(self.pictures, Latents)
+            pictures = self.pictures.pictures.at(batch.indices)
+        return Prepared(batch.x0, words, u, eps, features, pictures)
 
     def _read(self, captions: list[str]) -> dict[str, Tensor]:
         """Turn captions into token ids, or into the states that are known of them."""
@@ -151,8 +186,13 @@ class DenoiserTask:
         x0, u, eps = (v.to(device) for v in (batch.x0, batch.u, batch.eps))
         words = {k: v.to(device) for k, v in batch.words.items()}
         x0, eps = (v.contiguous(memory_format=torch.channels_last) for v in (x0, eps))
+        beside = None
+        if self.perceptual is not None and batch.pictures is not None:
+            perceptual, weight = self.perceptual.to(device), self.recipe.latents.perceptual
+            pictures = batch.pictures.to(device).contiguous(memory_format=torch.channels_last)
+            beside = lambda x0, place: weight * perceptual(x0, place, pictures)  # noqa: E731
         if self.features is None:
-            return self.objective(lambda x, clock: module(x, clock, words), x0, u, eps)
+            return self.objective(lambda x, clock: module(x, clock, words), x0, u, eps, beside)
         projected: list[Tensor] = []
 
         def network(x: Tensor, clock: Tensor) -> Tensor:
@@ -160,11 +200,12 @@ class DenoiserTask:
             projected.append(states)
             return out
 
-        losses = self.objective(network, x0, u, eps)
+        losses = self.objective(network, x0, u, eps, beside)
+        error = losses.loss if losses.error is None else losses.error
         if batch.features is None:  # every parameter takes part in every step
-            return replace(losses, loss=losses.loss + 0.0 * projected[0].float().mean((1, 2)))
+            return replace(losses, loss=losses.loss + 0.0 * projected[0].float().mean((1, 2)), error=error)
         likeness = F.cosine_similarity(projected[0].float(), batch.features.to(device).float(), dim=-1).mean(1)
-        return replace(losses, loss=losses.loss - self.recipe.latents.align * likeness, error=losses.loss)
+        return replace(losses, loss=losses.loss - self.recipe.latents.align * likeness, error=error)
 
     def export(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write a model file: fp16 weights, and metadata that say how to build it."""

@@ -75,13 +75,21 @@ class DenoisingObjective:
                 )
         self.schedule, self.parameterization, self.config = schedule, parameterization, config
 
-    def __call__(self, network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, u: Tensor, eps: Tensor) -> Losses:
+    def __call__(
+        self,
+        network: Callable[[Tensor, Tensor], Tensor],
+        x0: Tensor,
+        u: Tensor,
+        eps: Tensor,
+        beside: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Losses:
         """Return the losses of a network(x, clock).
 
         Args:
             x0: clean pictures (B, C, H, W).
             u: uniform numbers in (0, 1), (B,), that decide the levels.
             eps: standard normal noise like x0.
+            beside: what is added to the loss: (predicted x0, place in the schedule's range (B,)) → (B,).
         """
         place = TIMES[self.config.times](self.config, u)  # (B,) in [0, 1]
         t_min, t_max = self.schedule.t_min, self.schedule.t_max
@@ -91,9 +99,13 @@ class DenoisingObjective:
         level = self.schedule(t.to(x0)[:, None, None, None])  # fields (B, 1, 1, 1)
         p = self.parameterization
         clock = _flat(p.clock(level), len(x0), x0)
-        out = network(p.gain(level) * q_sample(x0, eps, level), clock)
-        error = (out.float() - p.target(x0, eps, level)).pow(2)
-        return Losses((WEIGHTS[self.config.weight](self.config, p, level) * error).mean(dim=(1, 2, 3)), place)
+        x = q_sample(x0, eps, level)
+        out = network(p.gain(level) * x, clock).float()
+        error = (out - p.target(x0, eps, level)).pow(2)
+        loss = (WEIGHTS[self.config.weight](self.config, p, level) * error).mean(dim=(1, 2, 3))
+        if beside is None:
+            return Losses(loss, place)
+        return Losses(loss + beside(p(x, level, out).x0, place), place, error=loss)
 
 
 def _flat(clock: Any, n: int, like: Tensor) -> Tensor:

@@ -40,6 +40,9 @@ class LatentRecipe:
         preview: file of a trained ``task: decoder``; given, ``model.preview`` is its shape.
         align: weight of the alignment of the states after layer ``align_layer`` with a pretrained network's features
             of the clean picture (REPA, 2410.06940), up to the share ``align_until`` of the run (HASTE, 2505.16792).
+        perceptual: weight of LPIPS between the decoded prediction of x0 and the picture, at levels up to the share
+            ``perceptual_until`` of the schedule's range, from its clean end (2401.00110 has the idea, without a
+            decoder); ``perceptual_net``: ``alex`` or ``vgg``.
     """
 
     autoencoder: str = ""
@@ -50,6 +53,15 @@ class LatentRecipe:
     align: float = 0.0
     align_layer: int = 3
     align_until: float = 1.0
+    perceptual: float = 0.0
+    perceptual_until: float = 0.7
+    perceptual_net: str = "alex"
+
+    def __post_init__(self) -> None:
+        if self.perceptual_net not in ("alex", "vgg"):
+            raise BadData(f"recipe: latents.perceptual_net is alex or vgg, not {self.perceptual_net!r}")
+        if self.perceptual and not self.autoencoder:
+            raise BadData("recipe: latents.perceptual looks at decoded pictures: it needs latents.autoencoder")
 
 
 @dataclass(frozen=True)

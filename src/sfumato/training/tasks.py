@@ -40,6 +40,7 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
 
     if recipe.latents.align and recipe.data.max_aspect > 1:
         raise BadData("recipe: latents.align goes with squares alone: set data.max_aspect to 1, or latents.align to 0")
+    _check_perceptual("latents.perceptual", recipe.latents.perceptual, recipe.latents.perceptual_net, recipe.model.size)
     latents, network = _latents(recipe, load(recipe.model.size, 3, recipe.model.multiple), root, run)
     if recipe.model.autoencoder != network.config:
         path = root / recipe.latents.autoencoder
@@ -54,6 +55,16 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
         key = f"{sha256(root / recipe.latents.text)}/{recipe.model.text}/{text.tokenizer.to_str()}"
         task.words = encoded_captions(captions_of(latents.pictures), text.encode, key, run / "cache")
     return task
+
+
+def _check_perceptual(key: str, weight: float, net: str, size: int) -> None:
+    """Raise BadData where pictures are too small for the network that compares them."""
+    from sfumato.networks.lpips import SMALLEST
+
+    if weight and size < SMALLEST[net]:
+        raise BadData(
+            f"recipe: {key}: {net} compares pictures of at least {SMALLEST[net]} pixels, not {size}: set it to 0"
+        )
 
 
 def _latents(recipe: Recipe, pictures: Pictures, root: Path, run: Path) -> tuple[Latents, CompactAutoencoder]:
@@ -71,6 +82,7 @@ def _decoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) ->
 
     if not recipe.latents.autoencoder:
         raise BadData("recipe: a decoder needs latents.autoencoder, a trained autoencoder")
+    _check_perceptual("decoder.perceptual", recipe.decoder.perceptual, "alex", recipe.decoder.size)
     latents, network = _latents(recipe, load(recipe.decoder.size, 3, 0), root, run)
     ours, theirs = recipe.decoder.network, network.config
     if ours is not None and (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
@@ -89,6 +101,8 @@ def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World
     from sfumato.training.autoencoder import AutoencoderTask
     from sfumato.training.start import start_autoencoder
 
+    config = recipe.autoencoder
+    _check_perceptual("autoencoder.loss.perceptual", config.loss.perceptual, "alex", config.size)
     task = AutoencoderTask(recipe, load(recipe.autoencoder.size, 3, 0))
     start_autoencoder(recipe, task.module.autoencoder, root)
     return task
