@@ -414,11 +414,15 @@ def test_every_field_of_a_request_has_its_flag(tmp_path: Path, monkeypatch: pyte
         0.6, PictureFile.open("mask", mask), (1, 2, 3, 4), 9, 0.1, "hills", 0.3,
     )  # fmt: skip
     more = "words --hires 2 --hires-strength 0.4 --upscale 4 --control-image a.png --control-scale 0.5"
-    more += " --image-prompt m.png --image-prompt-scale 0.7 --best-of 3"
+    more += " --image-prompt m.png --image-prompt-scale 0.7 --best-of 3 --control-range 0,0.5"
     assert request_of(parser.parse_args(more.split())) == Request(
         "words", hires=2.0, hires_strength=0.4, upscale=4, control_image=PictureFile.open("a", init), control_scale=0.5,
-        image_prompt=PictureFile.open("m", mask), image_prompt_scale=0.7, best_of=3,
+        image_prompt=PictureFile.open("m", mask), image_prompt_scale=0.7, best_of=3, control_range=(0.0, 0.5),
     )  # fmt: skip
+    again = f"{more} --control-image m.png --control-scale 1 --control-range 0.25,1"
+    several = request_of(parser.parse_args(again.split()))
+    assert several.control_image == (PictureFile.open("a", init), PictureFile.open("m", mask))
+    assert (several.control_scale, several.control_range) == ((0.5, 1.0), ((0.0, 0.5), (0.25, 1.0)))
     flags = {flag for f in fields(Request) for flag in f.metadata["flags"]}
     assert flags <= {*words.split(), *more.split()}
     assert {name for names in GROUPS.values() for name in names} <= {f.name for f in fields(Request)}

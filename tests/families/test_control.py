@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    MultiControlNetModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
 )
@@ -125,6 +127,140 @@ def test_pictures_equal_diffusers_from_every_form_of_file(controlled: Case, tmp_
     assert np.array_equal(plain.pixels, bare.pixels)
     assert np.array_equal(still.pixels, bare.pixels)
     assert np.abs(pictures[0].astype(int) - bare.pixels).max() > 5
+
+
+def test_several_networks_add_up_as_diffusers_do(controlled: Case, tmp_path: Path) -> None:
+    family, seed, pipe, first, folder = controlled
+    second = make_controlnet(pipe, random.Random(seed + 7), pipe.vae_scale_factor)
+    second.save_pretrained(tmp_path / "second")
+    ours = sfumato.load(folder / "model", controlnet=[folder / "control", tmp_path / "second"])
+    torch.manual_seed(seed)
+    factor = pipe.vae_scale_factor
+    x, hints = torch.randn(2, 4, 8, 10), torch.rand(2, 2, 3, 8 * factor, 10 * factor)
+    clock, context = torch.tensor([981.0, 7.0]), torch.randn(2, 77, first.config.cross_attention_dim)
+    told, added = {}, {}
+    if family == "sdxl":
+        told = {"pooled": torch.randn(2, 32), "sizes": torch.randint(8, 99, (2, 6)).float()}
+        added = {"added_cond_kwargs": {"text_embeds": told["pooled"], "time_ids": told["sizes"]}}
+    with torch.inference_mode():
+        down, middle = MultiControlNetModel([first, second])(
+            x, clock, encoder_hidden_states=context, controlnet_cond=[hints[:, 0], hints[:, 1]],
+            conditioning_scale=[0.7, 1.3], return_dict=False, **added,
+        )  # fmt: skip
+        expected = pipe.unet(
+            x, clock, encoder_hidden_states=context, down_block_additional_residuals=down,
+            mid_block_additional_residual=middle, **added,
+        ).sample  # fmt: skip
+        scales = torch.tensor([[0.7, 1.3]] * 2)
+        out = ours.model.network(x, clock, context, hint=hints, hint_scale=scales, **told)
+        alone = ours.model.network(x, clock, context, hint=hints, hint_scale=scales * torch.tensor([1, 0]), **told)
+    assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+    assert (out - alone).abs().max() > 1e-3
+
+
+def test_pictures_of_several_controls_equal_diffusers(controlled: Case, tmp_path: Path) -> None:
+    """Each with its own picture, scale, and share of the steps."""
+    family, seed, pipe, first, folder = controlled
+    second = make_controlnet(pipe, random.Random(seed + 7), pipe.vae_scale_factor)
+    second.save_pretrained(tmp_path / "second")
+    side = 8 * pipe.vae_scale_factor
+    r = np.random.default_rng(seed)
+    images = [Image.fromarray(r.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(2)]
+    whole = PIPELINES[family](**pipe.components, controlnet=MultiControlNetModel([first, second]))
+    whole.set_progress_bar_config(disable=True)
+    ours = sfumato.load(folder / "model", controlnet=(folder / "control", tmp_path / "second"))
+    request: dict[str, Any] = {"steps": 5, "sampler": "ddim", "spacing": "leading", "guidance": 4.0, "seed": seed}
+    request |= {"negative": "blurry", "width": side, "height": side, "control_image": images}
+    pictures = []
+    for scales, ranges in (((0.8, 0.5), None), ((0.8, 0.5), ((0.0, 0.6), (0.4, 1.0))), ((1.0, 0.0), ((0.2, 0.8),) * 2)):
+        more = {} if ranges is None else dict(zip(("start", "end"), map(list, zip(*ranges, strict=True)), strict=True))
+        with torch.inference_mode():
+            expected = whole(
+                prompt="a red fox", negative_prompt="blurry", image=images, height=side, width=side,
+                latents=torch.from_numpy(start([seed], (4, 8, 8))), num_inference_steps=5, guidance_scale=4.0,
+                output_type="np", controlnet_conditioning_scale=list(scales),
+                **{f"control_guidance_{k}": v for k, v in more.items()},
+            ).images[0]  # fmt: skip
+        [picture] = ours.generate("a red fox", **request, control_scale=scales, control_range=ranges)
+        assert np.abs(picture.pixels.astype(int) - np.round(expected * 255)).max() <= 2
+        pictures.append(picture.pixels.astype(int))
+    assert all(np.abs(a - b).max() > 5 for a, b in combinations(pictures, 2)), "scales and ranges tell nothing"
+    [all_steps] = ours.generate("a red fox", **request, control_scale=(0.8, 0.5), control_range=(0, 1))
+    assert np.array_equal(all_steps.pixels, pictures[0])
+
+
+def test_a_range_owns_the_levels_between_its_steps(one: Case) -> None:
+    """Also those where samplers of two calls look between two levels of the path, and in both rounds of hires."""
+    *_, folder = one
+    pipe = sfumato.load(folder / "model", controlnet=folder / "control")
+    calls: dict[str, list[float]] = {"unet": [], "control": []}
+    for name, net in (("unet", pipe.model.network.unet), ("control", pipe.model.network.controlnets[0])):
+        net.register_forward_hook(lambda net, given, out, name=name: calls[name].append(float(given[1][0])))
+    side = 8 * pipe.model.factor
+    request: dict[str, Any] = {"steps": 4, "sampler": "dpmpp-sde", "width": side, "height": side, "seed": 1}
+    request |= {"control_image": Image.new("RGB", (side, side), (250, 20, 80)), "control_range": (0, 0.5)}
+    for more in ({}, {"init": Image.new("RGB", (side, side)), "strength": 0.5}, {"sampler": "euler", "hires": 2.0}):
+        for name in calls:
+            calls[name].clear()
+        asked = request | more
+        pipe.generate("a red fox", **asked)
+        paths = iter(pipe.paths(sfumato.Request.from_dict({"prompt": "a red fox", **asked})))
+        expected: list[float] = []
+        last = end = -1.0
+        for clock in calls["unet"]:
+            if clock > last:  # a round begins
+                path = next(paths)
+                end = path[(len(path) - 1) // 2].t
+            last = clock
+            expected += [clock] if clock > end else []
+        assert calls["control"] == pytest.approx(expected)
+        assert next(paths, None) is None
+        assert 0 < len(expected) < len(calls["unet"])
+
+
+def test_counts_that_do_not_match_are_refused_in_one_line(one: Case, tmp_path: Path) -> None:
+    *_, folder = one
+    pipe = sfumato.load(folder / "model", controlnet=[folder / "control"] * 2)
+    picture = Image.new("RGB", (16, 16))
+    for given, message in (
+        ({"control_image": picture}, "control_image has 1 picture, and model .* follows 2: give one for each"),
+        ({"control_image": [picture] * 3}, "control_image has 3 pictures, and model .* follows 2"),
+        ({"control_image": [picture] * 2, "control_scale": [1, 1, 1]}, "control_scale has 3 values, control_image 2"),
+        ({"control_image": [picture] * 2, "control_range": (0.1, 0.15), "steps": 4}, "holds none of the 4 steps"),
+    ):
+        with pytest.raises(BadRequest, match=message) as caught:
+            pipe.run(sfumato.Request.from_dict({"prompt": "a", **given}))
+        assert "\n" not in str(caught.value)
+
+
+def test_the_command_follows_several_control_pictures_and_replays(one: Case, tmp_path: Path, capsys: Any) -> None:
+    _, _, pipe, _, folder = one
+    second = make_controlnet(pipe, random.Random(9), pipe.vae_scale_factor)
+    second.save_pretrained(tmp_path / "second")
+    side = 8 * pipe.vae_scale_factor
+    hints = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, colour in zip(hints, ((250, 20, 80), (10, 90, 200)), strict=True):
+        Image.new("RGB", (side, side), colour).save(path)
+    asked = ["generate", "a fox", "--model", str(folder / "model"), "--steps", "4", "--size", f"{side}x{side}"]
+    nets = [
+        w for path in (folder / "control", tmp_path / "second", folder / "control") for w in ("--control", str(path))
+    ]
+    told = [word for path in (*hints, hints[0]) for word in ("--control-image", str(path))]
+    told += ["--control-scale", "0.5", "--control-range", "0,0.5", "--control-range", "0,1", "--control-range", "0.5,1"]
+    made = tmp_path / "made.png"
+    assert main([*asked, *nets, *told, "--seed", "3", "--scale", "1", "--out", str(made)]) == 0
+    assert [i.name for i in read(made).picture.ingredients] == ["control", "second", "control"]
+    replay = ["replay", str(made), "--model", str(folder / "model"), "--out", str(tmp_path / "again.png"), "--force"]
+    for path in hints:
+        path.rename(tmp_path / f"moved-{path.name}")
+    moved = [word for path in hints for word in ("--control-image", str(tmp_path / f"moved-{path.name}"))]
+    assert main([*replay, *nets[:4], *moved]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(Image.open(made)))
+    capsys.readouterr()
+    assert main([*replay, *nets[:4], *moved[:2]]) == 2
+    assert "say where it lies with --control-image" in capsys.readouterr().err
+    assert main([*asked, *nets, *moved[:2]]) == 2
+    assert "control_image has 1 picture, and model" in capsys.readouterr().err
 
 
 def test_the_command_follows_a_control_picture_and_replays(one: Case, tmp_path: Path, capsys: Any) -> None:

@@ -54,11 +54,12 @@ FIELDS = {
     "hires": "float | None",
     "hires_strength": "float | None",
     "upscale": "int | None",
-    "control_image": "PictureFile | None",
-    "control_scale": "float | None",
+    "control_image": "PictureFile | tuple[PictureFile, ...] | None",
+    "control_scale": "float | tuple[float, ...] | None",
     "image_prompt": "PictureFile | None",
     "image_prompt_scale": "float | None",
     "best_of": "int",
+    "control_range": "tuple[float, float] | tuple[tuple[float, float], ...] | None",
 }
 
 
@@ -194,6 +195,22 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"control_scale": 0.5}, "control_scale has no effect without control_image"),
     ({"image_prompt_scale": 0.5}, "image_prompt_scale has no effect without image_prompt"),
     ({"control_image": png(), "control_scale": -1}, "control_scale must be a number from 0 to 10"),
+    ({"control_image": ()}, "control_image must be one or up to 64, not 0"),
+    ({"control_image": (png(),) * 65}, "control_image must be one or up to 64, not 65"),
+    ({"control_image": (png(), 7)}, "control_image must be a picture"),
+    ({"control_image": (png(), png()), "control_scale": (1, -1)}, "control_scale must be a number from 0 to 10"),
+    (
+        {"control_image": (png(),) * 3, "control_scale": (1, 0.5)},
+        "control_scale has 2 values, control_image 3 pictures",
+    ),
+    ({"control_image": png(), "control_scale": (1, 0.5)}, "control_scale has 2 values, control_image 1 picture:"),
+    ({"control_range": (0, 1)}, "control_range has no effect without control_image"),
+    ({"control_image": png(), "control_range": 0.5}, "control_range must be two numbers"),
+    ({"control_image": png(), "control_range": (0.5, 0.5)}, "control_range must rise"),
+    ({"control_image": png(), "control_range": (0, 1.5)}, "an end of control_range must be a number from 0 to 1"),
+    ({"control_image": (png(),) * 2, "control_range": ((0, 1), 0.5)}, "control_range must be two numbers"),
+    ({"control_image": png(), "control_range": ((0, 1), (0, 0.5))}, "control_range has 2 values, control_image 1 pic"),
+    ({"control_image": png()}, "control_image has no effect: model .* was loaded without a ControlNet"),
     ({"hires_strength": 0.5}, "hires_strength has no effect without hires"),
     ({"hires": 2, "hires_strength": 0}, "hires_strength must be above 0"),
     ({"hires": 2, "init": png(), "mask": png()}, "hires goes with no mask"),
@@ -212,6 +229,23 @@ def test_json_goes_both_ways() -> None:
     r = Request("ein Füchslein\n🦊", seed=3, n=2, guidance=2.5, guidance_interval=(0.5, 3.0), sampler="ddim", eta=0.5)
     assert Request.from_dict(json.loads(json.dumps(r.to_dict()))) == r
     assert set(r.to_dict()) == set(FIELDS)
+
+
+def test_one_or_one_for_each_control_picture_goes_both_ways() -> None:
+    pictures = [png(), png(24, 24)]
+    several: dict[str, Any] = {"control_scale": [0.5, 1], "control_range": [[0, 0.5], [0.25, 1]]}
+    r = Request.from_dict({"prompt": "a", "control_image": [base64.b64encode(p).decode() for p in pictures], **several})
+    assert isinstance(r.control_image, tuple)
+    assert [p.data for p in r.control_image] == pictures
+    assert (r.control_scale, r.control_range) == ((0.5, 1.0), ((0.0, 0.5), (0.25, 1.0)))
+    assert Request.from_dict(json.loads(json.dumps(r.to_dict(pictures=True)))) == r
+    assert r.map_pictures(lambda name, p: replace(p, name=name)).control_image == r.control_image
+    one = Request.from_dict(
+        {"prompt": "a", "control_image": [pictures[0]], "control_scale": [0.5], "control_range": [[0, 1]]}
+    )
+    assert one == Request("a", control_image=pictures[0], control_scale=0.5, control_range=(0, 1)).checked()  # type: ignore[arg-type]
+    for_all = Request("a", control_image=tuple(pictures), control_scale=0.5, control_range=(0, 1))  # type: ignore[arg-type]
+    assert for_all.checked().control_scale == 0.5
 
 
 @pytest.mark.parametrize(

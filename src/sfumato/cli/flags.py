@@ -9,12 +9,12 @@ from typing import Any
 
 from sfumato.errors import BadRequest
 from sfumato.pipeline.inputs import PictureFile
-from sfumato.pipeline.request import PICTURES, Request
+from sfumato.pipeline.request import PICTURES, SEVERAL, Request
 
 GROUPS = {  # of fields of a request under one title in a command's help; the others are under the first
     "picture": (),
     "sampling": ("steps", "sampler", "spacing", "guidance", "guidance_rescale", "guidance_interval", "eta"),
-    "from pictures": (*PICTURES, "strength", "outpaint", "control_scale", "image_prompt_scale"),
+    "from pictures": (*PICTURES, "strength", "outpaint", "control_scale", "control_range", "image_prompt_scale"),
     "variations and mixes": ("variation_seed", "variation_strength", "prompt_to", "mix"),
     "enlargement": ("hires", "hires_strength", "upscale"),
 }
@@ -31,16 +31,22 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         elif f.name == "width":
             add("--size", metavar="WxH", help="width and height in pixels, before --upscale")
         elif flags:
-            add(*flags, dest=f.name, metavar=f.metadata["metavar"], help=f.metadata["help"])
+            again: dict[str, Any] = {"action": "append"} if f.name in SEVERAL else {}
+            add(*flags, dest=f.name, metavar=f.metadata["metavar"], help=f.metadata["help"], **again)
 
 
 def request_of(args: argparse.Namespace) -> Request:
     """Read the request from parsed flags; raises BadRequest."""
     settings: dict[str, Any] = {}
     for f in fields(Request):
-        text: str | None = getattr(args, f.name, None)
-        if text is not None:
-            settings[f.name] = PictureFile.open(f.name, text) if f.name in PICTURES else _value(str(f.type), text)
+        text: str | list[str] | None = getattr(args, f.name, None)
+        if text is None:
+            continue
+        values = [
+            PictureFile.open(f.name, one) if f.name in PICTURES else _value(str(f.type), one)
+            for one in ([text] if isinstance(text, str) else text)
+        ]
+        settings[f.name] = values[0] if len(values) == 1 else values
     if args.size is not None:
         width, x, height = args.size.lower().partition("x")
         if not (x and width.isdecimal() and height.isdecimal() and len(args.size) < 20):
@@ -73,7 +79,7 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "the one bui
     add("--embedding", metavar="WORD=FILE", **several, help="teach prompts a learned word; may be given again")
     add("--vae", metavar="FILE", help="use another autoencoder, such as a tiny one, or another decoder")
     add("--denoiser", metavar="FILE", help="use another denoiser, such as a GGUF file, with the model's other parts")
-    add("--control", metavar="FILE", help="add a ControlNet, which follows --control-image")
+    add("--control", metavar="FILE", **several, help="add a ControlNet, for --control-image; may be given again")
     add("--ip-adapter", metavar="FILE", help="add an IP-Adapter, which follows --image-prompt")
     add("--image-encoder", metavar="FOLDER", help="the IP-Adapter's (default: image_encoder beside it or in the model)")
     add("--critic", metavar="FILE", help="a CLIP of `task: clip`, for --best-of (default: embedded models' own)")
@@ -94,9 +100,9 @@ def add_recorded_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", metavar="PICTURE.png", help="a picture that sfumato made")
     for f in fields(Request):
         if f.name in PICTURES:
-            parser.add_argument(
-                *f.metadata["flags"], metavar="PICTURE", help=f"where its {f.name.replace('_', ' ')} lies now"
-            )
+            again: dict[str, Any] = {"action": "append"} if f.name in SEVERAL else {}
+            help = f"where its {f.name.replace('_', ' ')} lies now"
+            parser.add_argument(*f.metadata["flags"], metavar="PICTURE", help=help, **again)
     add_model_flags(parser, default="the one that made it")
 
 

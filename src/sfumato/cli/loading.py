@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.pipeline.inputs import PictureFile
-from sfumato.pipeline.request import PICTURES
+from sfumato.pipeline.request import PICTURES, each
 
 if TYPE_CHECKING:
     from sfumato.families.additions import Additions, Ingredient
@@ -36,7 +36,8 @@ def load_recorded(args: argparse.Namespace, old: Picture) -> tuple[Pipeline, Req
     for name in PICTURES:
         if getattr(args, name) is not None and getattr(old.request, name) is None:
             raise BadRequest(f"{args.picture} was made without {name}: leave out --{name.replace('_', '-')}")
-    request = old.request.map_pictures(lambda name, picture: _picture_again(name, picture, args))
+    given = {name: _given_pictures(name, old.request, args) for name in PICTURES}
+    request = old.request.map_pictures(lambda name, picture: _picture_again(name, picture, args, given[name]))
     args.model = args.model or recorded(old.model)
     args.dtype = args.dtype or str(old.made_with.get("dtype", "fp32"))
     args.tile = args.tile or (str(old.made_with["tile"]) if "tile" in old.made_with else None)
@@ -87,7 +88,7 @@ def additions_of(args: argparse.Namespace) -> Additions:
         if word in embeddings:
             raise BadRequest(f"--embedding names the word {word!r} twice")
         embeddings[word] = file
-    networks = (args.vae, args.control, args.denoiser, args.ip_adapter, args.image_encoder)
+    networks = (args.vae, tuple(args.control), args.denoiser, args.ip_adapter, args.image_encoder)
     return Additions.of([_lora(text) for text in args.lora], embeddings, *networks)
 
 
@@ -104,11 +105,23 @@ def _lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _picture_again(name: str, picture: PictureFile, args: argparse.Namespace) -> PictureFile:
+def _given_pictures(name: str, request: Request, args: argparse.Namespace) -> dict[str, PictureFile]:
+    """The pictures whose places flags tell, by their SHA-256; BadRequest for one that the request did not use."""
+    given: str | list[str] | None = getattr(args, name)
+    found = [PictureFile.open(name, path) for path in each(given)]
+    used = each(getattr(request, name))
+    for file in found:
+        if file not in used:
+            used[0].with_data(name, file)  # raises what is wrong
+    return {file.sha256: file for file in found}
+
+
+def _picture_again(
+    name: str, picture: PictureFile, args: argparse.Namespace, given: Mapping[str, PictureFile]
+) -> PictureFile:
     """The picture that a request started from: where it was said to lie, where it lay, or beside the result."""
-    given: str | None = getattr(args, name)
-    if given is not None:
-        return picture.with_data(name, PictureFile.open(name, given))
+    if picture.sha256 in given:
+        return picture.with_data(name, given[picture.sha256])
     known = Path(picture.name)
     inside = not known.is_absolute() and ".." not in known.parts and picture.name != ""
     places = [known, Path(args.picture).parent / known.name] if inside else []
@@ -129,11 +142,11 @@ def _ingredients_again(ingredients: Sequence[Ingredient], args: argparse.Namespa
 
     given = additions_of(args)
     named = [path for path, _ in given.loras] + list(given.embeddings.values())
-    named += [path for kind in NETWORKS if (path := getattr(given, kind)) is not None]
+    named += [path for _, path in given.named]
     beside = [Path(), Path(args.picture).parent, Path(args.model or "").parent]
     beside += [] if given.ip_adapter is None else [given.ip_adapter.parent]
     hashes = {path: content_hash(path) for path in named}
-    places: dict[Ingredient, Path] = {}
+    places: list[tuple[Ingredient, Path]] = []
     for it in ingredients:
         for folder in beside:
             if it.name == Path(it.name).name and (folder / it.name).exists() and folder / it.name not in hashes:
@@ -146,14 +159,15 @@ def _ingredients_again(ingredients: Sequence[Ingredient], args: argparse.Namespa
                 f"{args.picture} was made with the {it} (sha256 {it.hash[:12]}), which is not here: "
                 f"name it with {flag.get(it.kind, usual)}"
             )
-        places[it] = found
-    if unused := [p for p in named if p not in places.values()]:
+        places.append((it, found))
+    if unused := [p for p in named if p not in dict(places).values()]:
         raise BadRequest(f"{args.picture} was not made with {unused[0]}: leave it out")
-    parts = {it.kind: path for it, path in places.items()}
+    parts: dict[str, Any] = dict.fromkeys(NETWORKS) | {it.kind: path for it, path in places}
+    parts["controlnet"] = [path for it, path in places if it.kind == "controlnet"]
     return Additions.of(
-        [(path, it.weight or 0.0) for it, path in places.items() if it.kind == "lora"],
-        {it.word or "": path for it, path in places.items() if it.kind == "embedding"},
-        **{kind: parts.get(kind) for kind in NETWORKS},
+        [(path, it.weight or 0.0) for it, path in places if it.kind == "lora"],
+        {it.word or "": path for it, path in places if it.kind == "embedding"},
+        **{kind: parts[kind] for kind in NETWORKS},
     )
 
 

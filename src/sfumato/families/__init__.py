@@ -124,8 +124,8 @@ def load(
     keep, why = keeping.decide(published, dtype, memory)
     published = replace(published, keep=keep, why={**published.why, "computes in": dtype, "memory": why})
     model = replace(_build(published, display), ingredients=ingredients, critic=judge)
-    for path, kind in ((additions.ip_adapter, "ip_adapter"), (additions.controlnet, "control")):
-        if path is not None:
+    for given, kind in ((additions.ip_adapter, "ip_adapter"), (additions.controlnets, "control")):
+        if given:
             model = import_module(f"sfumato.families.{kind}").attach(model, published)
     return model
 

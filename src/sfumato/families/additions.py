@@ -75,7 +75,7 @@ class Additions:
         loras: each with its weight: 1 as trained, 0 without effect, negative ones take away.
         embeddings: words learned by textual inversion: how each is written in prompts, and its file.
         vae: an autoencoder to use instead of the model's own.
-        controlnet: a network that guides the denoiser by a control picture.
+        controlnets: networks that guide the denoiser, each by a control picture of its own.
         denoiser: a denoiser to use instead of the model's own, such as a GGUF file.
         ip_adapter: a network by which the denoiser follows a picture as it follows words.
         image_encoder: the folder of CLIP's tower for pictures that the IP-Adapter goes with; None takes one named
@@ -85,7 +85,7 @@ class Additions:
     loras: tuple[tuple[Path, float], ...] = ()
     embeddings: Mapping[str, Path] = field(default_factory=dict)
     vae: Path | None = None
-    controlnet: Path | None = None
+    controlnets: tuple[Path, ...] = ()
     denoiser: Path | None = None
     ip_adapter: Path | None = None
     image_encoder: Path | None = None
@@ -94,13 +94,20 @@ class Additions:
         return bool(self.loras or self.embeddings or self.networks)
 
     @property
-    def networks(self) -> dict[str, Path]:
-        """The networks' files and folders by their kinds, the image encoder beside an IP-Adapter's file among them."""
-        found: dict[str, Path] = {kind: path for kind in NETWORKS if (path := getattr(self, kind)) is not None}
+    def named(self) -> tuple[tuple[str, Path], ...]:
+        """The networks' files and folders that were named, each with its kind."""
+        one = ((kind, getattr(self, kind)) for kind in NETWORKS if kind != "controlnet")
+        several = (("controlnet", path) for path in self.controlnets)
+        return tuple((kind, path) for kind, path in (*several, *one) if path is not None)
+
+    @property
+    def networks(self) -> tuple[tuple[str, Path], ...]:
+        """Those that were named and, if it was not, the image encoder beside an IP-Adapter's file."""
         if self.ip_adapter is not None and self.image_encoder is None:
             beside = self.ip_adapter.parent / "image_encoder"
-            found |= {"image_encoder": beside} if (beside / "config.json").is_file() else {}
-        return found
+            if (beside / "config.json").is_file():
+                return (*self.named, ("image_encoder", beside))
+        return self.named
 
     @classmethod
     def of(
@@ -108,12 +115,15 @@ class Additions:
         loras: Sequence[Lora] = (),
         embeddings: Mapping[str, Location] | None = None,
         vae: Location | None = None,
-        controlnet: Location | None = None,
+        controlnet: Location | Sequence[Location] = (),
         denoiser: Location | None = None,
         ip_adapter: Location | None = None,
         image_encoder: Location | None = None,
     ) -> Additions:
-        """Build it from paths; a LoRA alone has weight 1. Raises BadRequest for what is no path, weight or word."""
+        """Build it from paths; a LoRA alone has weight 1, ControlNets are one or several.
+
+        Raises BadRequest for what is no path, weight or word.
+        """
         if image_encoder is not None and ip_adapter is None:
             raise BadRequest("an image encoder has no effect without an IP-Adapter (--ip-adapter FILE)")
         pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
@@ -123,20 +133,20 @@ class Additions:
         for word in embeddings or {}:
             if not word or len(word) > 100 or any(c.isspace() or not c.isprintable() for c in word):
                 raise BadRequest(f"a learned word must be 1 to 100 letters without spaces, not {word[:100]!r}")
-        if max(len(pairs), len(embeddings or {})) > MAX_ADDITIONS:
+        controls = [controlnet] if isinstance(controlnet, (str, os.PathLike)) else list(controlnet)
+        if max(len(pairs), len(embeddings or {}), len(controls)) > MAX_ADDITIONS:
             raise BadRequest(f"at most {MAX_ADDITIONS} files of a kind can be added")
         return cls(
             tuple((Path(path).expanduser(), float(weight)) for path, weight in pairs),
             {word: Path(path).expanduser() for word, path in (embeddings or {}).items()},
-            *(
-                None if path is None else Path(path).expanduser()
-                for path in (vae, controlnet, denoiser, ip_adapter, image_encoder)
-            ),
+            _path(vae),
+            tuple(Path(path).expanduser() for path in controls),
+            *(_path(path) for path in (denoiser, ip_adapter, image_encoder)),
         )
 
     def check(self) -> None:
         """Raise BadCheckpoint for a file that is not there, without reading any."""
-        for path in (*(p for p, _ in self.loras), *self.embeddings.values(), *self.networks.values()):
+        for path in (*(p for p, _ in self.loras), *self.embeddings.values(), *(p for _, p in self.networks)):
             _check_there(path)
 
     def ingredients(self) -> Iterator[Ingredient]:
@@ -145,7 +155,7 @@ class Additions:
             yield Ingredient("lora", path.name, content_hash(path), weight=weight)
         for word, path in self.embeddings.items():
             yield Ingredient("embedding", path.name, content_hash(path), word=word)
-        for kind, path in self.networks.items():
+        for kind, path in self.networks:
             yield Ingredient(kind, path.name, content_hash(path))
 
     def apply(self, model: Published, *, allow_pickle: bool = False, partial: bool = False) -> Published:
@@ -172,12 +182,11 @@ class Additions:
             model = add_words(model, path, word, allow_pickle=allow_pickle)
         if self.vae is not None:
             model = _with_autoencoder(model, self.vae, read_autoencoder(self.vae, allow_pickle=allow_pickle))
-        if self.controlnet is not None:
-            model = _with(
-                model, "controlnet", self.controlnet, read_controlnet(self.controlnet, allow_pickle=allow_pickle)
-            )
+        for k, path in enumerate(self.controlnets):
+            part = read_controlnet(path, allow_pickle=allow_pickle)
+            model = _with(model, f"controlnet_{k + 1}" if k else "controlnet", path, part)
         if self.ip_adapter is not None:
-            encoder = self.networks.get("image_encoder", model.path / "image_encoder")
+            encoder = dict(self.networks).get("image_encoder", model.path / "image_encoder")
             if not encoder.is_dir():
                 raise BadCheckpoint(
                     f"{self.ip_adapter}: needs the image encoder that it was trained with: --image-encoder FOLDER"
@@ -187,6 +196,10 @@ class Additions:
             tower = read_image_encoder(encoder, allow_pickle=allow_pickle)
             model = _with(model, "image_encoder", encoder, tower)
         return model
+
+
+def _path(location: Location | None) -> Path | None:
+    return None if location is None else Path(location).expanduser()
 
 
 def _with(model: Published, component: str, path: Path, part: PartOfModel) -> Published:

@@ -1,4 +1,4 @@
-"""A ControlNet beside a model's U-Net: ``hint`` and ``hint_scale`` join what the network is told.
+"""ControlNets beside a model's U-Net: ``hint`` and ``hint_scale`` join what the network is told.
 
 This is the form for whatever guides a network by a picture: a network that takes more keywords, and one of
 ``Model.guides``, which makes their rows of a picture.
@@ -6,6 +6,7 @@ This is the form for whatever guides a network by a picture: a network that take
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,19 @@ if TYPE_CHECKING:
 
 
 def attach(model: Model, published: Published) -> Model:
-    """The model with the ControlNet among its parts; BadCheckpoint if that is for another family."""
-    unet, raw = model.network, published.configs["controlnet"]
+    """The model with the ControlNets among its parts; BadCheckpoint if one is for another family."""
+    unet = model.network
     if not isinstance(unet, SDUNet):
         raise BadCheckpoint(
             f"{published.path}: a {model.family} model, and ControlNets go with a U-Net's (SD 1, 2, XL)"
         )
+    nets = [_build(model, unet, published, name) for name in published.configs if name.startswith("controlnet")]
+    guide = Guide(tell, sized=True, count=len(nets), scale="hint_scale")
+    return replace(model, network=Controlled(unet, nets), guides={**model.guides, "control_image": guide})
+
+
+def _build(model: Model, unet: SDUNet, published: Published, component: str) -> ControlNet:
+    raw = published.configs[component]
     config, own = controlnet_config(raw), unet.config
     if raw.get("read from shapes"):  # which do not tell these
         shape = replace(config.unet, heads=own.heads, groups=own.groups, size_dim=own.size_dim)
@@ -45,12 +53,10 @@ def attach(model: Model, published: Published) -> Model:
         raise BadCheckpoint(
             f"{published.path}: the ControlNet reads {config.factor} pixels a cell, the autoencoder {model.factor}"
         )
-    controlnet = common.build(published, "controlnet", ControlNet, config)
-    guides = {**model.guides, "control_image": Guide(tell, sized=True)}
-    return replace(model, network=Controlled(unet, controlnet), guides=guides)
+    return common.build(published, component, ControlNet, config)
 
 
-def tell(picture: Image.Image, scale: float) -> Conditioning:
-    """One row of what the network is told by a control picture."""
-    hint = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-    return {"hint": hint, "hint_scale": torch.tensor([scale])}
+def tell(pictures: Sequence[Image.Image], scales: Sequence[float]) -> Conditioning:
+    """One row of what the network is told by K control pictures."""
+    hint = torch.from_numpy(np.stack([np.array(p) for p in pictures])).permute(0, 3, 1, 2)[None]  # (1, K, 3, H, W)
+    return {"hint": hint.float() / 255, "hint_scale": torch.tensor([list(scales)])}

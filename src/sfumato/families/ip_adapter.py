@@ -6,6 +6,7 @@ calls without words it is told of none: of an embedding of zeros, or of the stat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -55,14 +56,14 @@ def attach(model: Model, published: Published) -> Model:
         states = encoder(pixels.to(encoder.visual_projection.weight.dtype))
         return states.embedding if config.kind == "plain" else states.penultimate
 
-    def tell(picture: Image.Image, scale: float) -> Conditioning:
-        """Two rows of what the network is told: of the picture, and of none."""
-        pixels = prepare(picture, tower.side)
+    def tell(pictures: Sequence[Image.Image], scales: Sequence[float]) -> Conditioning:
+        """Two rows of what the network is told: of the one picture, and of none."""
+        pixels = prepare(pictures[0], tower.side)
         with torch.inference_mode():
             seen = look(pixels)
             nothing = torch.zeros_like(seen) if config.kind == "plain" else look(torch.zeros_like(pixels))
             tokens = torch.cat([adapter(seen), adapter(nothing)]).float()
-        return {"image_tokens": tokens, "image_scale": torch.tensor([scale])}
+        return {"image_tokens": tokens, "image_scale": torch.tensor([scales[0]])}
 
     return replace(model, guides={**model.guides, "image_prompt": Guide(tell, sized=False)})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -36,15 +36,20 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Guide:
-    """How a network is told of a picture beside the words.
+    """How a network is told of pictures beside the words.
 
     Args:
-        tell: (RGB picture, scale) → conditioning: one row, or two of which the second is for calls without the words.
-        sized: whether it wants the picture at the size that is made, and not as it is.
+        tell: (RGB pictures, a scale for each) → conditioning: one row, or two of which the second is for calls without
+            the words.
+        sized: whether it wants them at the size that is made, and not as they are.
+        count: how many pictures it wants.
+        scale: the conditioning, a number for each picture, that is 0 in steps where that picture does not count.
     """
 
-    tell: Callable[[Image.Image, float], Conditioning]
+    tell: Callable[[Sequence[Image.Image], Sequence[float]], Conditioning]
     sized: bool
+    count: int = 1
+    scale: str = ""
 
 
 def _nothing(width: int, height: int, guidance: float) -> Conditioning:
@@ -124,6 +129,11 @@ class Model:
     def takes_pictures(self) -> bool:
         """Whether it can start from a picture."""
         return self.encode_picture is not None
+
+    @property
+    def guide_counts(self) -> dict[str, int]:
+        """How many pictures it follows beside the words, by the request's field that holds them."""
+        return {name: guide.count for name, guide in self.guides.items()}
 
     @property
     def has_critic(self) -> bool:

@@ -91,11 +91,14 @@ class ControlNet(Contraction):
 
 
 class Controlled(nn.Module):
-    """A U-Net with a ControlNet beside it: ``hint`` and ``hint_scale`` join its conditioning, and may be left out."""
+    """A U-Net with K ControlNets beside it, which add up.
 
-    def __init__(self, unet: SDUNet, controlnet: ControlNet):
+    ``hint`` and ``hint_scale`` join its conditioning, and may be left out.
+    """
+
+    def __init__(self, unet: SDUNet, controlnets: Sequence[ControlNet]):
         super().__init__()
-        self.unet, self.controlnet = unet, controlnet
+        self.unet, self.controlnets = unet, nn.ModuleList(controlnets)
 
     def forward(
         self,
@@ -106,9 +109,15 @@ class Controlled(nn.Module):
         hint_scale: Tensor | None = None,
         **told: Tensor,
     ) -> Tensor:
-        """The U-Net's output (B, C_out, H, W) under words and control picture (B, 3, f·H, f·W)."""
-        control: Sequence[Tensor] | None = None
+        """The U-Net's output (B, C_out, H, W) under words and control pictures (B, K, 3, f·H, f·W), scaled by (B, K).
+
+        A ControlNet whose scale is 0 in the whole batch is not called.
+        """
+        control: list[Tensor] | None = None
         if hint is not None and hint_scale is not None:
             shared = {k: v for k, v in told.items() if k in ("mask", "pooled", "sizes")}
-            control = self.controlnet(x, clock, context, hint, hint_scale, **shared)
+            for k, net in enumerate(self.controlnets):
+                if hint_scale[:, k].any():
+                    more = net(x, clock, context, hint[:, k], hint_scale[:, k], **shared)
+                    control = more if control is None else [a + b for a, b in zip(control, more, strict=True)]
         return self.unet(x, clock, context, control=control, **told)

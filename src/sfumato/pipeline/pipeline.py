@@ -42,10 +42,9 @@ from sfumato.families.common import Way
 from sfumato.families.model import Conditioning, Model
 from sfumato.networks.stored import in_dtype
 from sfumato.pipeline.canvas import Canvas, canvas_of, cover, upright
-from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture
-from sfumato.pipeline.request import GUIDES, Request
+from sfumato.pipeline.request import GUIDES, Request, each, each_range
 from sfumato.pipeline.tiles import mosaic, tiled
 from sfumato.pixels import Pixels, eight_bits, signed
 
@@ -102,7 +101,7 @@ class Pipeline:
         """
         request = request.resolve(self.model)
         for name in GUIDES:  # before the first step
-            if (picture := getattr(request, name)) is not None:
+            for picture in each(getattr(request, name)):
                 upright(name, picture)
         return self._run(request, self.paths(request), canvas_of(request, self.model))
 
@@ -115,6 +114,8 @@ class Pipeline:
         paths = [self._path(request, request.size, request.strength)]
         if request.hires is not None:
             paths.append(self._path(request, request.enlarged(self.model.multiple), request.hires_strength))
+        for path in paths:
+            control_spans(request, path)
         return paths
 
     def path(self, request: Request) -> Path:
@@ -142,7 +143,7 @@ class Pipeline:
         """Bind the network to the words, the size and the picture of a request, and guide it."""
         request = request.resolve(self.model)
         scene = self._scene(canvas_of(request, self.model))
-        return self._denoiser(request, self._words(request), request.size, scene)
+        return self._denoiser(request, self._words(request), request.size, scene, self.path(request))
 
     def initial_noise(self, request: Request) -> Tensor:
         """Return the unit-variance noise that the pictures start from, float32 (n, C, h, w)."""
@@ -194,7 +195,8 @@ class Pipeline:
     def _run(self, request: Request, paths: list[Path], canvas: Canvas | None) -> Iterator[Step | Picture]:
         words, scene = self._words(request), self._scene(canvas)
         fresh, x = FreshNoise(_seeds(request)), self._start(request, scene, paths[0][0])
-        x = yield from _walk(request, self._denoiser(request, words, request.size, scene), x, paths[0], fresh)
+        denoiser = self._denoiser(request, words, request.size, scene, paths[0])
+        x = yield from _walk(request, denoiser, x, paths[0], fresh)
         pixels = self.pixels(x)
         if canvas is not None:
             pixels = [canvas.keep(p) for p in pixels]
@@ -202,7 +204,8 @@ class Pipeline:
             size = request.enlarged(self.model.multiple)
             known = self.latents([np.asarray(cover(Image.fromarray(p), size)) for p in pixels])
             x = q_sample(known, fresh(known), paths[1][0])
-            x = yield from _walk(request, self._denoiser(request, words, size, NOTHING), x, paths[1], fresh)
+            denoiser = self._denoiser(request, words, size, NOTHING, paths[1])
+            x = yield from _walk(request, denoiser, x, paths[1], fresh)
             pixels = self.pixels(x)
         name, made_with, warnings = public_name(self.model), self._made_with(), self._warnings(request, canvas)
         for j in self._chosen(request, pixels):
@@ -264,13 +267,17 @@ class Pipeline:
         picture = torch.from_numpy((canvas.pixels / 127.5 - 1).astype(np.float32) * left)  # (H, W, 3), 0 is grey
         return torch.cat([mask[None, None].to(self.device), self._encode(picture.permute(2, 0, 1)[None])], dim=1)
 
-    def _denoiser(self, request: Request, words: Mapping[str, Tensor], size: tuple[int, int], scene: Scene) -> Denoiser:
-        guided = self._guided(request, words, size, scene)
+    def _denoiser(
+        self, request: Request, words: Mapping[str, Tensor], size: tuple[int, int], scene: Scene, path: Path
+    ) -> Denoiser:
+        guided = self._guided(request, words, size, scene, path)
         if scene.known is None or scene.mask is None or self.model.inpaints:
             return guided
         return repaint(guided, scene.known, scene.mask)
 
-    def _guided(self, request: Request, words: Mapping[str, Tensor], size: tuple[int, int], scene: Scene) -> Denoiser:
+    def _guided(
+        self, request: Request, words: Mapping[str, Tensor], size: tuple[int, int], scene: Scene, path: Path
+    ) -> Denoiser:
         assert request.guidance is not None
         words, rows = dict(words), len(next(iter(words.values())))
         wanted = 1 if request.prompt_to is None else 2  # rows
@@ -278,10 +285,11 @@ class Pipeline:
         if self.model.inpaints:
             told["picture"] = self._told(size, scene)
         for name, (scale, _) in GUIDES.items():
-            picture: PictureFile | None = getattr(request, name)
-            if picture is not None:
-                guide, image = self.model.guides[name], upright(name, picture)
-                told |= guide.tell(cover(image, size) if guide.sized else image, getattr(request, scale))
+            if pictures := each(getattr(request, name)):
+                guide, images = self.model.guides[name], [upright(name, picture) for picture in pictures]
+                scales = each(getattr(request, scale), len(images))
+                told |= guide.tell([cover(image, size) for image in images] if guide.sized else images, scales)
+        spans = control_spans(request, path)
         for key, value in told.items():  # one row, or two of which the second goes without the words
             with_words, without = (
                 part.to(self.device).expand(n, *value.shape[1:])
@@ -294,6 +302,10 @@ class Pipeline:
             parts: list[list[Prediction]] = []
             for part in x.split(self.batch):
                 conditioning = {k: v[:rows].repeat_interleave(len(part), 0) for k, v in words.items()}
+                if spans:
+                    scale = self.model.guides["control_image"].scale
+                    counts = [low <= level.log_snr < high for low, high in spans]
+                    conditioning[scale] = conditioning[scale] * torch.tensor(counts, device=x.device)
                 out = self._predict(part.repeat(rows, 1, 1, 1), level, conditioning)
                 parts.append([Prediction(*both) for both in zip(*(y.split(len(part)) for y in out), strict=True)])
             return [Prediction(*(torch.cat(y) for y in zip(*row, strict=True))) for row in zip(*parts, strict=True)]
@@ -413,7 +425,7 @@ def load(
     loras: Sequence[Lora] = (),
     embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
     vae: str | os.PathLike[str] | None = None,
-    controlnet: str | os.PathLike[str] | None = None,
+    controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     denoiser: str | os.PathLike[str] | None = None,
     ip_adapter: str | os.PathLike[str] | None = None,
     image_encoder: str | os.PathLike[str] | None = None,
@@ -432,7 +444,7 @@ def load(
         loras: files of LoRAs to add, alone (at weight 1) or as pairs of path and weight.
         embeddings: words learned by textual inversion: how each is written in prompts → its file.
         vae: an autoencoder to use instead of the model's own.
-        controlnet: a network that guides a U-Net by a request's ``control_image``.
+        controlnet: a network that guides a U-Net by a request's ``control_image``, or several, a picture for each.
         denoiser: a denoiser to use instead of the model's own, such as a GGUF file.
         ip_adapter: a network by which a U-Net follows a request's ``image_prompt`` as it follows words.
         image_encoder: the folder of the IP-Adapter's image encoder; None takes the one named image_encoder beside its
@@ -483,6 +495,23 @@ def _walk(
         x = step.x
         yield step
     return x
+
+
+def control_spans(request: Request, path: Path) -> list[tuple[float, float]]:
+    """Between which log-SNRs of a path each control picture counts; empty if all count throughout.
+
+    Step i of n counts if it lies wholly within a range, as diffusers has it; a step owns the levels from its own to the
+    next one's, so that a sampler may call the network wherever it likes. Raises BadRequest for a range without a step.
+    """
+    n, spans = len(path) - 1, []
+    for low, high in each_range(request.control_range, len(each(request.control_image))):
+        steps = [i for i in range(n) if i / n >= low and (i + 1) / n <= high]
+        if not steps:
+            what = f"control_range {low:g},{high:g} holds none of the {n} steps whole: widen it, or leave it out"
+            raise BadRequest(what, "control_range")
+        first, last = steps[0], steps[-1] + 1
+        spans.append((path[first].log_snr if first else -math.inf, path[last].log_snr if last < n else math.inf))
+    return spans
 
 
 def _seeds(request: Request) -> list[int]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numbers
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from sfumato.errors import BadRequest, TooLarge, nearest
 from sfumato.pipeline.inputs import PictureFile
@@ -33,12 +33,18 @@ NEEDS = {  # settings that would be ignored without another
     "mix": "prompt_to",
     "hires_strength": "hires",
     "control_scale": "control_image",
+    "control_range": "control_image",
     "image_prompt_scale": "image_prompt",
 }
 GUIDES = {  # pictures that a network is told of: their scales, and what a model needs to follow them
     "control_image": ("control_scale", "a ControlNet (--control FILE)"),
     "image_prompt": ("image_prompt_scale", "an IP-Adapter (--ip-adapter FILE)"),
 }
+SEVERAL = ("control_image", "control_scale", "control_range")  # fields that may hold one for each ControlNet
+MAX_GUIDES = 64
+
+T = TypeVar("T")
+Range: TypeAlias = "tuple[float, float]"
 
 
 def _setting(default: Any, help: str, metavar: str, *flags: str) -> Any:
@@ -101,10 +107,15 @@ class Request:
     upscale: int | None = _setting(
         None, "1, or 4 to enlarge the picture at the end by a network for drawings", "FACTOR", "--upscale"
     )
-    control_image: PictureFile | None = _setting(
-        None, "picture that the model's ControlNet follows: edges, depth, a pose", "PICTURE", "--control-image"
+    control_image: PictureFile | tuple[PictureFile, ...] | None = _setting(
+        None,
+        "picture that the model's ControlNet follows: edges, depth, a pose; again for each further one",
+        "PICTURE",
+        "--control-image",
     )
-    control_scale: float | None = _setting(None, "how closely to follow it (default: 1)", "F", "--control-scale")
+    control_scale: float | tuple[float, ...] | None = _setting(
+        None, "how closely to follow it, one for all or each (default: 1)", "F", "--control-scale"
+    )
     image_prompt: PictureFile | None = _setting(
         None, "picture that the model's IP-Adapter follows as it follows words", "PICTURE", "--image-prompt"
     )
@@ -117,6 +128,12 @@ class Request:
         "K",
         "--best-of",
     )
+    control_range: tuple[float, float] | tuple[tuple[float, float], ...] | None = _setting(
+        None,
+        "from and until which share of the steps to follow it, one for all or each (default: 0,1)",
+        "START,END",
+        "--control-range",
+    )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Request:
@@ -127,10 +144,7 @@ class Request:
                 raise BadRequest(f"unknown setting {_show(name)}{nearest(str(name), names)}", str(name))
         if "prompt" not in settings:
             raise BadRequest("prompt is missing", "prompt")
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-        }
-        return cls(**values).checked()
+        return cls(**{key: _tuples(value) for key, value in settings.items()}).checked()
 
     def to_dict(self, *, pictures: bool = False) -> dict[str, Any]:
         """Give the request as JSON's types; ``from_dict`` is the way back.
@@ -142,7 +156,7 @@ class Request:
         def plain(value: Any) -> Any:
             if isinstance(value, PictureFile):
                 return value.to_json(pictures)
-            return list(value) if isinstance(value, tuple) else value
+            return [plain(one) for one in value] if isinstance(value, tuple) else value
 
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
@@ -192,8 +206,11 @@ class Request:
             hires=_given(self.hires, _enlargement),
             hires_strength=_given(self.hires_strength, lambda v: _share("hires_strength", v)),
             upscale=_given(self.upscale, _upscale),
-            control_image=_given(self.control_image, lambda v: PictureFile.of("control_image", v)),
-            control_scale=_given(self.control_scale, lambda v: _real("control_scale", v, 0.0, MAX_CONTROL)),
+            control_image=_one_or_each("control_image", self.control_image, PictureFile.of),
+            control_scale=_one_or_each(
+                "control_scale", self.control_scale, lambda what, v: _real(what, v, 0.0, MAX_CONTROL)
+            ),
+            control_range=_ranges("control_range", self.control_range),
             image_prompt=_given(self.image_prompt, lambda v: PictureFile.of("image_prompt", v)),
             image_prompt_scale=_given(
                 self.image_prompt_scale, lambda v: _real("image_prompt_scale", v, 0.0, MAX_CONTROL)
@@ -202,6 +219,7 @@ class Request:
         for name, needed in NEEDS.items():
             if getattr(request, name) is not None and not getattr(request, needed):
                 raise BadRequest(f"{name} has no effect without {needed}: give both, or leave it out", name)
+        _check_counts(request)
         if request.best_of > 1 and request.prompt_to is not None:
             raise BadRequest("best_of looks for the prompt alone: leave out prompt_to, or best_of", "best_of")
         if request.hires is not None and (request.mask is not None or request.outpaint is not None):
@@ -277,8 +295,12 @@ class Request:
 
     def map_pictures(self, change: Callable[[str, PictureFile], PictureFile]) -> Request:
         """This request with each of its pictures, told by the field's name, put through a function."""
-        pictures = {f.name: p for f in fields(self) if isinstance(p := getattr(self, f.name), PictureFile)}
-        return replace(self, **{name: change(name, p) for name, p in pictures.items()})
+
+        def changed(name: str) -> Any:
+            value = getattr(self, name)
+            return tuple(change(name, p) for p in value) if isinstance(value, tuple) else change(name, value)
+
+        return replace(self, **{name: changed(name) for name in PICTURES if getattr(self, name) is not None})
 
     @property
     def drawn(self) -> int:
@@ -306,6 +328,33 @@ class Request:
 
 
 PICTURES = tuple(f.name for f in fields(Request) if str(f.type).startswith("PictureFile"))  # fields that hold one
+
+
+def each(value: T | Sequence[T] | None, n: int = 1) -> list[T]:
+    """The values of a setting that may hold one for each of n, or one for all, or none."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [cast(T, value)] * n
+
+
+def each_range(value: Range | tuple[Range, ...] | None, n: int) -> list[Range]:
+    """The ranges of a setting that may hold one for each of n, or one for all, or none."""
+    return each(cast(Any, [value] * n if value and isinstance(value[0], (int, float)) else value))
+
+
+def _check_counts(request: Request) -> None:
+    n = len(each(request.control_image))
+    for name, values in (
+        ("control_scale", each(request.control_scale, n)),
+        ("control_range", each_range(request.control_range, n)),
+    ):
+        if values and len(values) != n:
+            what = f"{name} has {len(values)} values, control_image {_pictures(n)}: give one for each, or one for all"
+            raise BadRequest(what, name)
+
+
+def _pictures(n: int) -> str:
+    return f"{n} picture{'s' * (n != 1)}"
 
 
 def _check_size(width: int, height: int, model: Model) -> None:
@@ -339,8 +388,12 @@ def _check_effect(request: Request, model: Model) -> None:
         what = f"best_of cannot be used: model {model.name!r} was loaded without a CLIP to choose by (--critic FILE)"
         raise BadRequest(what, "best_of")
     for name, (_, needed) in GUIDES.items():
-        if getattr(request, name) is not None and name not in model.guides:
+        given, wanted = len(each(getattr(request, name))), model.guide_counts.get(name, 0)
+        if given and not wanted:
             raise BadRequest(f"{name} has no effect: model {model.name!r} was loaded without {needed}", name)
+        if given and given != wanted:
+            what = f"{name} has {_pictures(given)}, and model {model.name!r} follows {wanted}: give one for each"
+            raise BadRequest(what, name)
     if request.eta is not None and "eta" not in find_sampler(str(request.sampler)).settings:
         raise BadRequest(f"sampler {request.sampler!r} takes no eta; ddim does", "eta")
 
@@ -363,6 +416,36 @@ def _spacing(name: Any) -> str:
 
 def _given(value: Any, check: Callable[[Any], Any]) -> Any:
     return None if value is None else check(value)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+
+
+def _one_or_each(what: str, value: Any, check: Callable[[str, Any], T]) -> Any:
+    """One value, or a tuple of several, each checked."""
+    if not isinstance(value, (list, tuple)):
+        return None if value is None else check(what, value)
+    if not 1 <= len(value) <= MAX_GUIDES:
+        raise BadRequest(f"{what} must be one or up to {MAX_GUIDES}, not {len(value)}", what)
+    values = tuple(check(what, one) for one in value)
+    return values[0] if len(values) == 1 else values
+
+
+def _ranges(what: str, value: Any) -> Any:
+    """One range, or a tuple of several."""
+
+    def checked(what: str, value: Any) -> Range:
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise BadRequest(f"{what} must be two numbers, start and end, or such pairs, not {_show(value)}", what)
+        start, end = (_real(f"an end of {what}", v, 0.0, 1.0) for v in value)
+        if not start < end:
+            raise BadRequest(f"{what} must rise, not {start:g},{end:g}", what)
+        return start, end
+
+    pairs = isinstance(value, (list, tuple)) and any(isinstance(v, (list, tuple)) for v in value)
+    return _one_or_each(what, value, checked) if pairs else _given(value, lambda v: checked(what, v))
 
 
 def _margins(value: Any) -> tuple[int, int, int, int]:

@@ -28,7 +28,9 @@ def take_pictures(uploads: Uploads, gallery: Gallery, given: dict[str, Any]) -> 
     """Settings whose pictures are at hand, and kept; raises ApiError, BadRequest for one that is not there."""
     taken = dict(given)
     for name in PICTURES:
-        if (value := given.get(name)) is not None:
+        if isinstance(value := given.get(name), list):
+            taken[name] = [_take(uploads, gallery, name, one) for one in value]
+        elif value is not None:
             taken[name] = _take(uploads, gallery, name, value)
     return taken
 
@@ -70,8 +72,14 @@ def _by_id(uploads: Uploads, gallery: Gallery, name: str, id: str) -> bytes:
 
 def with_pictures(uploads: Uploads, request: dict[str, Any]) -> dict[str, Any]:
     """A job's request with its pictures' bytes, for the worker; raises FileNotFoundError if one is gone."""
+
+    def whole(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {**record, "data": base64.b64encode(uploads.read(record["sha256"])).decode()}
+
     full = dict(request)
     for name in PICTURES:
-        if isinstance(record := request.get(name), Mapping):
-            full[name] = {**record, "data": base64.b64encode(uploads.read(record["sha256"])).decode()}
+        if isinstance(value := request.get(name), list):
+            full[name] = [whole(record) for record in value]
+        elif isinstance(value, Mapping):
+            full[name] = whole(value)
     return full

@@ -31,6 +31,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 
 from sfumato.errors import BadRequest, NoResources
+from sfumato.pipeline.request import each
 
 STATES = ("queued", "running", "done", "failed", "cancelled")
 ENDED = ("done", "failed", "cancelled")
@@ -340,7 +341,8 @@ class Queue:
         open = _jobs.c.state.in_(("queued", "running"))
         with self._engine.connect() as db:
             requests = [json.loads(text) for text in db.scalars(select(_jobs.c.request).where(open))]
-        return {v["sha256"] for request in requests for v in request.values() if isinstance(v, dict) and "sha256" in v}
+        given = (v for request in requests for value in request.values() for v in each(value))
+        return {v["sha256"] for v in given if isinstance(v, dict) and "sha256" in v}
 
     def counts(self) -> dict[str, int]:
         """Number of jobs in each state since the database was made."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
@@ -71,13 +71,12 @@ class ModelFacts:
     takes_pictures: bool
     has_critic: bool
     card: dict[str, str]
-    guides: tuple[str, ...] = ()
+    guide_counts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_message(cls, name: str, facts: Message) -> ModelFacts:
         """Read what ``facts_of`` wrote, under the server's name for the model."""
         values: dict[str, Any] = {**facts, "defaults": DefaultSettings(**facts["defaults"])}
-        values["guides"] = tuple(facts["guides"])
         return cls(name=name, **values)
 
 
@@ -94,6 +93,6 @@ def facts_of(model: Any) -> Message:
         "distilled": model.distilled,
         "takes_pictures": model.takes_pictures,
         "has_critic": model.has_critic,
-        "guides": list(model.guides),
+        "guide_counts": model.guide_counts,
         "card": {k: str(v) for k, v in model.card.items()},
     }
