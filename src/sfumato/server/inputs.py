@@ -16,7 +16,7 @@ from PIL import Image
 from sfumato.errors import BadData, BadRequest
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.picture import Picture
-from sfumato.pipeline.request import PICTURES
+from sfumato.pipeline.request import PICTURES, SEVERAL
 from sfumato.server.errors import fail
 from sfumato.server.gallery import NAME, Gallery
 from sfumato.server.uploads import Uploads
@@ -28,7 +28,7 @@ def take_pictures(uploads: Uploads, gallery: Gallery, given: dict[str, Any]) -> 
     """Settings whose pictures are at hand, and kept; raises ApiError, BadRequest for one that is not there."""
     taken = dict(given)
     for name in PICTURES:
-        if isinstance(value := given.get(name), list):
+        if isinstance(value := given.get(name), list) and name in SEVERAL:
             taken[name] = [_take(uploads, gallery, name, one) for one in value]
         elif value is not None:
             taken[name] = _take(uploads, gallery, name, value)
