@@ -15,6 +15,7 @@ from diffusers import (
     MultiControlNetModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
+    UNet2DConditionModel,
 )
 from PIL import Image
 from published import make, shaken
@@ -127,6 +128,38 @@ def test_pictures_equal_diffusers_from_every_form_of_file(controlled: Case, tmp_
     assert np.array_equal(plain.pixels, bare.pixels)
     assert np.array_equal(still.pixels, bare.pixels)
     assert np.abs(pictures[0].astype(int) - bare.pixels).max() > 5
+
+
+def test_controls_of_unequal_depth_equal_diffusers_from_every_form_of_file(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    pipe = make("sd1", 0)
+    depths = {
+        "transformer_layers_per_block": [[1, 2], [2, 1]],
+        "reverse_transformer_layers_per_block": [[1, 1, 2], [3, 1, 1]],
+    }
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=[64, 64], layers_per_block=2, cross_attention_dim=64,
+        down_block_types=["CrossAttnDownBlock2D"] * 2, up_block_types=["CrossAttnUpBlock2D"] * 2, **depths,
+    )  # fmt: skip
+    pipe.register_modules(unet=shaken(unet))
+    theirs = make_controlnet(pipe, random.Random(4), pipe.vae_scale_factor)
+    pipe.save_pretrained(tmp_path / "model")
+    theirs.save_pretrained(tmp_path / "control")
+    part = read_controlnet(tmp_path / "control")
+    original = to_theirs(part.tensors, places(part.config))
+    save_file({f"control_model.{k}": t.contiguous() for k, t in original.items()}, tmp_path / "original.safetensors")
+    factor = pipe.vae_scale_factor
+    x, hint = torch.randn(2, 4, 8, 10), torch.rand(2, 1, 3, 8 * factor, 10 * factor)
+    clock, context = torch.tensor([981.0, 7.0]), torch.randn(2, 77, 64)
+    with torch.inference_mode():
+        down, middle = theirs(x, clock, context, controlnet_cond=hint[:, 0], return_dict=False)
+        expected = pipe.unet(
+            x, clock, context, down_block_additional_residuals=down, mid_block_additional_residual=middle
+        ).sample
+        for form in ("control", "original.safetensors"):
+            network = sfumato.load(tmp_path / "model", controlnet=tmp_path / form).model.network
+            out = network(x, clock, context, hint=hint, hint_scale=torch.ones(2, 1))
+            assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 def test_several_networks_add_up_as_diffusers_do(controlled: Case, tmp_path: Path) -> None:

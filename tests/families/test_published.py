@@ -19,11 +19,12 @@ import sfumato
 from sfumato.checkpoints import keymaps
 from sfumato.checkpoints.folder import read_folder
 from sfumato.checkpoints.keymaps import to_theirs
-from sfumato.checkpoints.single_file import describe_unet, read_single_file
+from sfumato.checkpoints.single_file import describe_flux, describe_unet, read_single_file
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import common, describe
-from sfumato.families.configs import sd_unet_config
+from sfumato.families.configs import flux_config, sd_unet_config
 from sfumato.families.convert import convert
+from sfumato.networks.flux import Flux
 from sfumato.networks.sd_unet import SDUNet
 from sfumato.pipeline.noise import start
 
@@ -220,6 +221,39 @@ def test_shapes_tell_the_configuration_of_a_unet(more: dict[str, Any]) -> None:
         tensors = SDUNet(sd_unet_config(config)).state_dict()
     shapes = {k: tuple(t.shape) for k, t in to_theirs(tensors, keymaps.unet(config)).items()}
     assert sd_unet_config(describe_unet(shapes)) == sd_unet_config(config)
+
+
+@pytest.mark.parametrize(
+    ("head", "axes"),
+    [(128, [16, 56, 56]), (64, [8, 28, 28]), (32, [4, 14, 14]), (24, [4, 10, 10]), (16, [4, 6, 6]), (8, [4, 2, 2])],
+)
+def test_flux_heads_are_shared_among_the_axes_of_positions_in_pairs(head: int, axes: list[int]) -> None:
+    config = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": head,
+        "num_attention_heads": 2, "joint_attention_dim": 8, "pooled_projection_dim": 8, "guidance_embeds": False,
+        "axes_dims_rope": axes,
+    }  # fmt: skip
+    with torch.device("meta"):
+        network = Flux(flux_config(config))
+    shapes = {k: tuple(t.shape) for k, t in to_theirs(network.state_dict(), keymaps.flux(config)).items()}
+    assert describe_flux(shapes)["axes_dims_rope"] == axes
+    assert flux_config(describe_flux(shapes)) == flux_config(config)
+
+
+def test_what_a_scheduler_asks_of_its_sampler_and_does_not_get_is_told(tmp_path: Path) -> None:
+    make("dit", 0).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    plain = json.loads(path.read_text())
+    for asked, told in (
+        ({"clip_sample": False}, None),
+        ({"clip_sample": True}, "the scheduler's clip_sample: samples stay as they are"),
+        ({"clip_sample": True, "thresholding": True}, "the scheduler's clip_sample and thresholding: samples stay"),
+    ):
+        path.write_text(json.dumps(plain | asked))
+        said = sfumato.load(tmp_path / "model").model.card.get("not followed")
+        assert said is None if told is None else str(said).startswith(told)
+    unets = common.left_out({"clip_sample": True})
+    assert unets == {"not followed": "the scheduler's clip_sample: samples stay as they are"}
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,22 @@ def test_single_files_with_faults_are_refused(fault: str, single: Path, tmp_path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("input_blocks.1.0.in_layers.2.weight", None), ("input_blocks.0.0.weight", (8,))]
+)
+def test_partial_says_that_it_cannot_make_up_for_what_tells_a_shape(
+    name: str, shape: tuple[int, ...] | None, single: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(single)
+    del tensors[UNET + name]
+    path = tmp_path / "model.safetensors"
+    save_file(tensors if shape is None else tensors | {UNET + name: torch.zeros(shape)}, path)
+    with pytest.raises(BadCheckpoint, match=r"its unet is not whole: .* missing.*--partial is no help") as caught:
+        sfumato.load(path, partial=True)
+    assert "\n" not in str(caught.value)
+    assert (name in str(caught.value)) == (shape is None)
+
+
 @pytest.mark.parametrize("stated", ["", "{", "[]", '{"configs": 1}', '{"configs": {"unet": []}, "tokenizers": {}}'])
 def test_damaged_metadata_are_refused(stated: str, single: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"

@@ -61,6 +61,18 @@ def test_equals_transformers_from_either_kind_of_files(tmp_path: Path) -> None:
             assert words.row(words(prompt)) == expected, prompt
 
 
+def test_a_tokenizer_that_states_fewer_tokens_than_its_tower_takes_is_padded_to_those(tmp_path: Path) -> None:
+    their_vocabulary(tmp_path)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path, model_max_length=32)
+    theirs.save_pretrained(tmp_path / "saved")
+    words = clip_words(read_tokenizer(tmp_path / "saved"), 77)
+    for prompt in PROMPTS:
+        assert words.row(words(prompt)) == theirs(prompt, padding="max_length", truncation=True).input_ids, prompt
+    assert [len(c.ids) for c in chunks("fox " * 40, words)] == [32, 32]
+    for stated in (2, 10**30, 128, "32"):  # what is no number of tokens, or more than the tower takes
+        assert clip_words({"tokenizer_config.json": json.dumps({"model_max_length": stated})}, 77).length == 77
+
+
 def test_the_packaged_t5_vocabulary_is_t5s() -> None:
     tokenizer = packaged_t5()
     assert tokenizer.get_vocab_size() == 32_000 + 100

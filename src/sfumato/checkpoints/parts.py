@@ -35,6 +35,7 @@ from sfumato.checkpoints.single_file import (
     describe_kl,
     describe_unet,
     ignored,
+    not_whole,
 )
 from sfumato.errors import BadCheckpoint
 
@@ -65,7 +66,7 @@ def read_controlnet(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
             config = _describe_original_controlnet(shapes)
             return _renamed(path, "a ControlNet", config, raw, list(keymaps.controlnet(config)))
     except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
-        raise BadCheckpoint(f"{path}: the ControlNet is not whole: {e} is missing or misshaped") from None
+        raise not_whole(f"{path}: the ControlNet", e) from None
     raise BadCheckpoint(f"{path}: no ControlNet: {describe_foreign(shapes)}")
 
 
@@ -93,7 +94,7 @@ def read_autoencoder(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
             shapes = {k: tuple(t.shape) for k, t in tiny.items()}
             return PartOfModel(_describe_tiny(shapes), tiny, (path,))
     except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
-        raise BadCheckpoint(f"{path}: the autoencoder is not whole: {e} is missing or misshaped") from None
+        raise not_whole(f"{path}: the autoencoder", e) from None
     raise BadCheckpoint(f"{path}: no autoencoder: {describe_foreign(shapes)}")
 
 
@@ -112,7 +113,7 @@ def read_ip_adapter(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
     try:
         return PartOfModel(_describe_ip_adapter(shapes), raw, (path,))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as e:
-        raise BadCheckpoint(f"{path}: the IP-Adapter is not whole: {e} is missing or misshaped") from None
+        raise not_whole(f"{path}: the IP-Adapter", e) from None
 
 
 def read_image_encoder(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
@@ -299,7 +300,7 @@ def read_denoiser(path: Path, base: Json, *, allow_pickle: bool = False) -> Part
             described = part.describe({k: tuple(t.shape) for k, t in own.items()})
             places = list(part.table(described))
         except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
-            raise BadCheckpoint(f"{path}: the denoiser is not whole: {e} is missing or misshaped") from None
+            raise not_whole(f"{path}: the denoiser", e) from None
         theirs, ours = described["_class_name"], base.get("_class_name", described["_class_name"])
         dit = (
             theirs == "DiTTransformer2DModel" and base.get("norm_type") == "ada_norm_zero"

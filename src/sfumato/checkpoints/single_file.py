@@ -200,13 +200,22 @@ def _described(path: Path, layout: Layout, shapes: Shapes) -> dict[str, Any]:
         try:
             configs[part.component] = part.describe(own)
         except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
-            raise BadCheckpoint(f"{path}: its {part.component} is not whole: {e} is missing or misshaped") from None
+            raise not_whole(f"{path}: its {part.component}", e) from None
     configs["vae"] |= layout.latents
     if layout.family == "sdxl":
         u, text = configs["unet"], configs["text_encoder_2"]
         sizes = 5 if layout.index.get("requires_aesthetics_score") else 6
         u["addition_time_embed_dim"] = (u["projection_class_embeddings_input_dim"] - text["projection_dim"]) // sizes
     return configs
+
+
+def not_whole(what: str, error: Exception) -> BadCheckpoint:
+    """What to raise where a tensor that tells a network's shape is not there, or not as it should be."""
+    lost = f"{error} is missing" if isinstance(error, KeyError) else f"a tensor is missing or misshaped ({error})"
+    return BadCheckpoint(
+        f"{what} is not whole: {lost}; its shape is read from such tensors, so that --partial is no help: take a file "
+        "that has them, or a folder with its config.json"
+    )
 
 
 def _scheduler(layout: Layout, shapes: Shapes, metadata: Mapping[str, str], why: dict[str, str]) -> dict[str, Any]:
