@@ -78,6 +78,16 @@ def test_cfg_of_outputs_is_cfg_of_predictions():
         close(row(X, level, b + 5.0 * (a - b)), cfg(5.0)(PAIR)(X, level), 1e-10)
 
 
+def test_defaults_are_as_stated():
+    level = LEVELS[0]
+    close(cfg()(PAIR)(X, level), cfg(5.0)(PAIR)(X, level))
+    close(apg()(PAIR)(X, level), apg(5.0, eta=0.0, norm=1e9)(PAIR)(X, level))
+    close(rescale(cfg(3.0))(PAIR)(X, level), rescale(cfg(3.0), 0.7)(PAIR)(X, level))  # 2305.08891, section 3.4
+    for ratio in (1e-6, 0.5, 0.9, 1e6):
+        level = NoiseLevel(ratio, 1.0, ratio)
+        close(interval(cfg(3.0))(PAIR)(X, level), cfg(3.0)(PAIR)(X, level), 1e-9)
+
+
 def test_interval_reads_the_level_and_spares_the_weak_call():
     calls = []
     pair = Pair(MIXTURE, lambda x, level: calls.append(level) or GAUSSIAN(x, level))
@@ -119,7 +129,7 @@ def test_apg_with_all_of_the_difference_is_cfg(level):
 def test_apg_projects_and_bounds_the_difference():
     level = LEVELS[0]
     strong, weak = PAIR(X, level)
-    update = apg(3.0, eta=0.0)(PAIR)(X, level).x0 - strong.x0
+    update = apg(3.0)(PAIR)(X, level).x0 - strong.x0
     np.testing.assert_allclose((update * strong.x0).sum(1), 0, atol=1e-12)  # at right angles to the picture
     np.testing.assert_allclose(((strong.x0 - weak.x0) * update).sum(1), (update**2).sum(1) / 2, atol=1e-12)
     update = apg(3.0, eta=1.0, norm=0.05)(PAIR)(X, level).x0 - strong.x0

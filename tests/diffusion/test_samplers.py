@@ -2,11 +2,12 @@
 
 import itertools
 import math
+from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
 import pytest
 import torch
-from mixtures import MIXTURE, pictures
+from mixtures import CURVES, MIXTURE, pictures, smooth_path
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.diffusion import (
@@ -15,6 +16,7 @@ from sfumato.diffusion import (
     SCHEDULES,
     SPACINGS,
     NoiseLevel,
+    Pair,
     Path,
     Prediction,
     find_sampler,
@@ -147,6 +149,23 @@ def test_churn_lifts_each_step_by_its_share():
     assert seen[2].sigma == pytest.approx(path[1].sigma * (1 + 0.6 / 6), rel=1e-9)
 
 
+@pytest.mark.parametrize("curve", CURVES)
+def test_churn_adds_what_the_lift_needs(curve):
+    """EDM, algorithm 2, lines 5 and 6, for x/α and σ/α whatever the coordinates."""
+    path, seen = smooth_path(curve, 4), []
+    x, z = np.array([[0.3, -0.7]]), np.array([[1.0, -2.0]])
+    run = SAMPLERS["heun"](
+        lambda x, p: seen.append((x, p)) or MIXTURE(x, p), x, path, lambda _: z, s_churn=0.4, s_noise=1.5
+    )
+    next(run)
+    lifted, level = seen[0]
+    low, high = path[0].sigma / path[0].alpha, level.sigma / level.alpha
+    assert high == pytest.approx(1.1 * low)
+    np.testing.assert_allclose(
+        lifted / level.alpha, x / path[0].alpha + 1.5 * math.sqrt(high**2 - low**2) * z, rtol=1e-9
+    )
+
+
 def test_ddim_without_eta_draws_no_noise_and_ddpm_does():
     def never(x):
         raise AssertionError("drew noise")
@@ -257,6 +276,17 @@ def test_every_setting_has_limits():
     assert SAMPLERS["ddpm"].settings == {"eta": 1.0}
 
 
+@pytest.mark.parametrize(
+    "settled",
+    [SAMPLERS["ddim"], SPACINGS["karras"], PARAMETERIZATIONS["v"], Pair(MIXTURE, MIXTURE), *EVERY.values()],
+    ids=lambda s: type(s).__name__,
+)
+def test_what_many_runs_share_cannot_be_changed(settled):
+    for field in fields(settled):
+        with pytest.raises(FrozenInstanceError):
+            setattr(settled, field.name, getattr(settled, field.name))
+
+
 def test_unknown_settings_are_refused_with_the_nearest():
     path = SPACINGS["karras"](EVERY["linear"], 4)
     with pytest.raises(BadRequest, match="did you mean 's_churn'"):
@@ -273,6 +303,27 @@ def test_unknown_settings_are_refused_with_the_nearest():
             SAMPLERS[name](MIXTURE, np.ones((1, 2)), path, fresh(), **bad)
     with pytest.raises(BadRequest, match="two noise levels"):
         SAMPLERS["ddim"](MIXTURE, np.ones((1, 2)), path[:1], fresh())
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "good", "bad"),
+    [
+        ("ddim", "eta", [0, 1, 0.5], [-0.01, 1.01]),
+        ("unipc", "order", [1, 2, 3], [0, 4, 2.0]),
+        ("ddim-inversion", "refine", [0, 1000], [-1, 1001, 5.0]),
+        ("heun", "s_churn", [0, 1, math.inf], [-0.01]),
+        ("heun", "s_tmin", [0, 1], [-0.01]),
+        ("heun", "s_tmax", [0, math.inf], [-0.01]),
+        ("heun", "s_noise", [0, 1.007], [-0.01]),
+    ],
+)
+def test_settings_are_taken_up_to_their_limits(name, key, good, bad):
+    path = SPACINGS["karras"](EVERY["linear"], 2)
+    for value in good:
+        assert len(list(SAMPLERS[name](MIXTURE, np.ones((1, 2)), path, fresh(), **{key: value}))) == 2
+    for value in bad:
+        with pytest.raises(BadRequest, match=f"{key} must be a (whole )?number from .* not {value}"):
+            SAMPLERS[name](MIXTURE, np.ones((1, 2)), path, fresh(), **{key: value})
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,9 @@ def test_float_array_and_tensor_agree_and_keep_their_kind():
     assert SCHEDULES["linear"]()(torch.tensor([3])).alpha.dtype == torch.float32
 
 
-@pytest.mark.parametrize("alpha_bar", [[0.9], [0.5, 0.9], [1.0, 0.5], [0.9, -0.1], [0.9, 0.9], [0.9, math.nan]])
+@pytest.mark.parametrize(
+    "alpha_bar", [[0.9], [0.5, 0.9], [0.9, 0.5, 0.6], [1.0, 0.5], [0.9, -0.1], [0.9, 0.9], [0.9, math.nan]]
+)
 def test_impossible_schedules_are_refused(alpha_bar):
     with pytest.raises(BadRequest):
         Discrete(np.array(alpha_bar))

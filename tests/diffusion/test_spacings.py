@@ -123,6 +123,10 @@ def test_settings_are_never_ignored():
         SPACINGS["leading"](SD, 1000, offset=1)  # the last index is 999
     with pytest.raises(BadRequest, match="distinct levels"):
         SPACINGS["shift"](SD, 1000, s=0.01)  # below the first index
+    with pytest.raises(BadRequest, match="distinct levels"):
+        SPACINGS["shift"](SCHEDULES["flow"](), 8, s=1e18)  # all at pure noise
+    with pytest.raises(BadRequest, match=r"distinct levels .* with offset=150; take fewer steps"):
+        SPACINGS["leading"](SD, 10, offset=150)  # beyond the noisiest time
 
 
 def test_names_of_other_programs():
@@ -165,3 +169,18 @@ def test_a_path_needs_two_levels_and_keeps_its_schedule():
     assert path.tail(4).schedule is SD
     assert path.tail(4) == path[4:]
     assert torch.tensor([q.sigma for q in path.tail(9)]).tolist()[-1] == 0
+
+
+def test_the_last_share_of_a_path_starts_that_far_along_it():
+    """Trailing's times on the straight path are the shares themselves, so σ at the start is the share."""
+    flow = SCHEDULES["flow"]()
+    path = SPACINGS["trailing"](flow, 8)
+    for share, steps in [(1.0, 8), (0.75, 6), (0.7, 6), (0.51, 5), (0.5, 4), (0.125, 1), (0.1, 1)]:
+        last = path.last(share)
+        assert last[0].sigma == pytest.approx(share)
+        assert last[1:] == path[-steps:]
+        assert last.schedule is flow
+    assert path.last(1e-4)[0] == flow(flow.t_min)  # no network knows less noise
+    low = SPACINGS["trailing"](SCHEDULES["flow"](t_min=0.3), 10)  # whose own last levels lie below the range
+    assert low.last(0.15)[0].t == low[-3].t == pytest.approx(0.2)
+    assert Path(list(path)).last(0.7) == path[2:]  # no curve to start between two levels on

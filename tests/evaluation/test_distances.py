@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import sqrtm
 
 from sfumato.errors import BadRequest
@@ -19,6 +20,7 @@ from sfumato.evaluation.distances import (
     precision_recall,
     squared_distances,
 )
+from sfumato.evaluation.judge import retrieval_ranks
 
 
 def gaussian(n: int, d: int, seed: int, mean: float = 0.0) -> np.ndarray:
@@ -190,3 +192,9 @@ def test_same_features_same_bits() -> None:
     assert kid(x, y) == kid(x, y)
     assert frechet_distance(moments(x), moments(y)) == frechet_distance(moments(x), moments(y))
     assert frechet_deviation(x, moments(y), replicates=5) == frechet_deviation(x, moments(y), replicates=5)
+
+
+def test_ranks_count_what_is_at_least_as_near_and_nothing_is_won_by_ties_or_nan():
+    near = torch.tensor([[0.9, 0.5, 0.1], [0.9, 0.9, 0.1], [math.nan, 0.5, 0.1], [0.9, math.nan, 0.1]])
+    assert retrieval_ranks(near, [0, 0, 0, 0]).tolist() == [0, 1, 2, 1]
+    assert retrieval_ranks(near, [2, 2, 2, 2]).tolist() == [2, 2, 2, 2]

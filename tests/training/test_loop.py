@@ -171,6 +171,45 @@ def test_a_bad_step_is_not_applied_and_too_many_end_the_run(pictures, tmp_path: 
     assert all(torch.equal(last.tensors[k], v) for k, v in good.items())
 
 
+def test_weights_that_no_good_step_followed_never_take_a_good_checkpoint_s_place(pictures, tmp_path: Path):
+    class Wrecked(DenoiserTask):
+        def fetch(self, places):
+            if places.start == 5 * self.recipe.batch:  # as an update that overflowed would leave them
+                for p in self.module.parameters():
+                    p.data.mul_(1e30)
+            return super().fetch(places)
+
+    with pytest.raises(BadData, match="10 steps in a row"):
+        run(pictures, tmp_path / "wrecked", "steps=30", task=Wrecked)
+    run(pictures, tmp_path / "good", "steps=3")
+    wrecked, good = (load_newest(tmp_path / name / "checkpoints", pytest.fail) for name in ("wrecked", "good"))
+    assert wrecked is not None
+    assert good is not None
+    assert all(torch.equal(wrecked.tensors[k], v) for k, v in good.tensors.items())
+
+
+def test_weights_that_are_not_finite_are_neither_kept_nor_shipped(pictures, tmp_path: Path):
+    overflow = ("optimizer.rate=1e38", "optimizer.weight_decay=1e3", "optimizer.warmup=0")
+    with pytest.raises(BadData, match=r"after step 1 .* no longer finite.*lower"):
+        run(pictures, tmp_path, "steps=1", *overflow)
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    assert not (tmp_path / "final.safetensors").exists()
+
+
+def test_a_run_s_damaged_recipe_is_named(pictures, tmp_path: Path):
+    run(pictures, tmp_path, "steps=1")
+    for damaged in ("{}", "[]", "{"):
+        (tmp_path / "recipe.json").write_text(damaged)
+        with pytest.raises(BadData, match=r"recipe\.json cannot be read .*another --run folder"):
+            run(pictures, tmp_path, "steps=2")
+
+
+def test_fewer_steps_than_are_done_are_refused(pictures, tmp_path: Path):
+    run(pictures, tmp_path, "steps=3")
+    with pytest.raises(BadData, match=r"steps is 2, but .* has done 3"):
+        run(pictures, tmp_path, "steps=2")
+
+
 def test_a_run_of_another_recipe_is_refused_but_may_go_on_longer(pictures, tmp_path: Path):
     run(pictures, tmp_path, "steps=3")
     with pytest.raises(BadData, match=r"another recipe \(differs in optimizer, seed\)"):

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,20 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero():
     assert shares[75] == 0.5
     assert shares[99] == pytest.approx(0.02)
     assert learning_rate(OptimizerConfig(warmup=0, decay=0.0), 0, 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("rate", math.nan), ("rate", math.inf), ("rate", -1e-3), ("muon_rate", math.nan), ("momentum", 1.0),
+        ("betas", (0.9, 1.0)), ("betas", (-0.1, 0.9)), ("weight_decay", -0.1), ("warmup", -1), ("decay", 1.5),
+        ("clip", 0.0), ("clip", -1.0), ("clip", math.nan), ("slow", {"weight": -1.0}),
+    ],
+)  # fmt: skip
+def test_rates_that_would_unlearn_or_learn_nothing_are_refused(setting, value):
+    with pytest.raises(BadData, match=rf"optimizer: {setting} must .*, not "):
+        build_optimizers(nn.Linear(2, 2), replace(OptimizerConfig(), **{setting: value}))
+    build_optimizers(nn.Linear(2, 2), OptimizerConfig(clip=math.inf, decay=0, warmup=0, weight_decay=0))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])

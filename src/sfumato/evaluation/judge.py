@@ -107,7 +107,7 @@ def _train(judge: Judge, x: Tensor, y: Tensor, words: Tensor, config: JudgeConfi
 def retrieval_ranks(similarity: Tensor, targets: Sequence[int]) -> NDArray[np.int64]:
     """Return how many names are at least as near as the right one, it left out: (B,) from (B, C); 0 is a hit."""
     own = similarity.gather(1, torch.tensor(targets)[:, None])
-    return ((similarity >= own).sum(1) - 1).numpy()
+    return ((~(similarity < own)).sum(1) - 1).numpy()  # NaN is no nearer than anything
 
 
 def recall_at(ranks: NDArray[np.int64], k: int) -> Array:

@@ -36,7 +36,7 @@ from sfumato.training.progress import Progress
 from sfumato.training.recipe import OptimizerConfig, Recipe
 from sfumato.training.runlog import RunLog, spoken
 from sfumato.training.state import Checkpoint, load_newest, save_checkpoint, save_shards
-from sfumato.training.world import World, full
+from sfumato.training.world import World, full, local
 
 BAD_STEPS_ALLOWED = 10  # non-finite steps in a row before a run gives up
 
@@ -121,13 +121,18 @@ def train(
         raise BadData(f"recipe: batch {recipe.batch} cannot be cut into {world.size} ranks × {recipe.accumulate} parts")
     learner = _Learner(task, recipe, _settle_recipe(task, recipe, run, world), world)
     start = learner.resume(run, progress)
+    if start > recipe.steps:
+        raise BadData(
+            f"recipe: steps is {recipe.steps}, but the run in {run} has done {start}: ask for more, "
+            "or use another --run folder"
+        )
     batches = _batches(task, recipe, world, start)
     log = world.together(lambda: RunLog(run, start, recipe.tensorboard, quiet=not world.main))
     with progress.running(recipe.steps, start), _stop_signal() as stop, log:
         look = _Look(learner, run, progress, log, watch, stop)
         if look(start):
             _end(start, progress, stop)
-        bad = 0
+        bad, owed = 0, False
         for step in range(start, recipe.steps):
             share = learning_rate(recipe.optimizer, step, recipe.steps)
             value, norm, losses = learner.gradients(step, batches)
@@ -148,9 +153,12 @@ def train(
                 log.write(done, {"loss": value, "norm": norm, "by_level": levels, "rate_share": share,
                                  "pictures_per_second": progress.rate, "memory_mb": progress.memory})  # fmt: skip
             stopping = world.any(bool(stop))
-            saving = done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping
+            owed = owed or done % recipe.checkpoint_every == 0
+            # While steps are bad the weights may be what is wrong: no checkpoint of them takes a good one's place.
+            saving = (owed and not bad) or done == recipe.steps or stopping
             if saving:
                 learner.save(run, done)
+                owed = False
             stopping = stopping or look(done)
             if stopping and done < recipe.steps:
                 if not saving:
@@ -207,8 +215,16 @@ class _Learner:
         self.ema.update(self.module, step)
 
     def save(self, run: Path, done: int) -> None:
-        """Write a checkpoint of the state after a step; all ranks must save together."""
+        """Write a checkpoint of the state after a step; all ranks must save together.
+
+        Raises BadData for weights that are not finite: the run is lost, what was saved before is not.
+        """
         recipe, world, folder = self.recipe, self.world, run / "checkpoints"
+        if world.any(not all(bool(local(v).isfinite().all()) for v in self._weights().values())):
+            raise BadData(
+                f"after step {done} the weights are no longer finite: start another run with a lower optimizer.rate; "
+                f"the last good checkpoint is kept in {run}"
+            )
         if recipe.sharded:
             save_shards(folder, _snapshot(done, recipe, self._state()), recipe.keep, world)
         else:
@@ -410,7 +426,10 @@ def _binding(recipe: Recipe) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        plain = json.loads(path.read_text())
+        if not isinstance(plain, dict) or "resolved_precision" not in plain:
+            raise ValueError("it is no run's recipe")
+        return plain
     except (OSError, ValueError) as e:
         raise BadData(f"{path} cannot be read ({e}): use another --run folder") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,7 +59,9 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig, bf16: bool = Fa
     """Return the optimizers of a recipe; matrices and kernels are decayed, gains, biases and embeddings are not.
 
     With ``bf16`` Muon iterates in it, as it was published: for machines that multiply faster so.
+    Raises BadData for a setting by which a run would learn nothing, or unlearn.
     """
+    _check(config)
     if config.name not in ("adamw", "muon"):
         raise BadData(f"optimizer: name is adamw or muon, not {config.name!r}")
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -79,6 +82,21 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig, bf16: bool = Fa
     if not hidden:
         return [adamw]
     return [adamw, Muon(hidden, config.muon_rate, config.momentum, config.weight_decay, bf16)]
+
+
+def _check(config: OptimizerConfig) -> None:
+    def must(name: str, right: bool, be: str) -> None:  # NaN is never right
+        if not right:
+            raise BadData(f"optimizer: {name} must {be}, not {getattr(config, name)!r}")
+
+    for name in ("rate", "muon_rate", "weight_decay"):
+        must(name, 0 <= getattr(config, name) < math.inf, "be a number of at least 0")
+    must("momentum", 0 <= config.momentum < 1, "lie in [0, 1)")
+    must("betas", all(0 <= beta < 1 for beta in config.betas), "be two numbers in [0, 1)")
+    must("slow", all(0 <= share < math.inf for share in config.slow.values()), "hold shares of at least 0")
+    must("warmup", config.warmup >= 0, "be at least 0 steps")
+    must("decay", 0 <= config.decay <= 1, "be a share of the steps, in [0, 1]")
+    must("clip", config.clip > 0, "be positive (.inf: no clipping)")
 
 
 # Matrices next to the input, the output or an embedding, which Muon is not for.
