@@ -27,8 +27,14 @@ def serve(tmp_path: Path, model_file: Path) -> Iterator[Serve]:
     """Start servers of a test's own: serve(engine, *flags, again=...)."""
     servers: list[Server] = []
 
-    def run(engine: str = "sfumato.families:load", *flags: str, ready: bool = True, **settings: Any) -> Server:
-        server = start(tmp_path / "serve", model_file, engine, *flags, **settings)
+    def run(
+        engine: str = "sfumato.families:load",
+        *flags: str,
+        model: Path = model_file,
+        ready: bool = True,
+        **settings: Any,
+    ) -> Server:
+        server = start(tmp_path / "serve", model, engine, *flags, **settings)
         servers.append(server)
         if ready:
             until(lambda: server.http.get("/readyz").status_code == 200, START)

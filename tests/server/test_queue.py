@@ -102,6 +102,18 @@ def test_a_job_goes_its_way_once(queues: Open) -> None:
     assert queue.counts() == dict.fromkeys(STATES, 0) | {"done": 1}
 
 
+def test_pictures_of_jobs_that_have_not_ended_are_needed(queues: Open) -> None:
+    queue = queues()
+    records = [{"sha256": name * 64, "name": ""} for name in "abc"]
+    queue.submit("jobs", "a", "m", {"init": records[0], "control_image": records[1:], "control_scale": [1, 2]}, 1)
+    assert queue.pictures_needed() == {name * 64 for name in "abc"}
+    taken = queue.claim(any_job)
+    assert taken is not None
+    assert len(queue.pictures_needed()) == 3
+    queue.finish(taken.id, "done")
+    assert queue.pictures_needed() == set()
+
+
 def test_it_is_bounded(queues: Open) -> None:
     queue = queues(limit=3)
     for _ in range(3):

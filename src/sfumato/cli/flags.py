@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from sfumato.errors import BadRequest
+from sfumato.families.flags import add_addition_flags
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.request import PICTURES, SEVERAL, Request
 
@@ -74,14 +75,7 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "the one bui
     """Add the flags that ``load_pipeline`` reads."""
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="M", help=f"weight file, folder or name of a model (default: {default})")
-    several: dict[str, Any] = {"action": "append", "default": []}
-    add("--lora", metavar="FILE[:W]", **several, help="add a LoRA, with weight W (default: 1); may be given again")
-    add("--embedding", metavar="WORD=FILE", **several, help="teach prompts a learned word; may be given again")
-    add("--vae", metavar="FILE", help="use another autoencoder, such as a tiny one, or another decoder")
-    add("--denoiser", metavar="FILE", help="use another denoiser, such as a GGUF file, with the model's other parts")
-    add("--control", metavar="FILE", **several, help="add a ControlNet, for --control-image; may be given again")
-    add("--ip-adapter", metavar="FILE", help="add an IP-Adapter, which follows --image-prompt")
-    add("--image-encoder", metavar="FOLDER", help="the IP-Adapter's (default: image_encoder beside it or in the model)")
+    add_addition_flags(add)
     add("--critic", metavar="FILE", help="a CLIP of `task: clip`, for --best-of (default: embedded models' own)")
     _add_reading_flags(add)
     add("--tile", metavar="PIXELS", help="decode in tiles so wide, 0 in none (default: 1024 above 2048x2048 pixels)")

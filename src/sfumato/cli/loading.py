@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 def load_pipeline(args: argparse.Namespace) -> Pipeline:
     """Load the model that the flags name, with what they add to it; raises BadRequest or BadCheckpoint."""
+    from sfumato.families.flags import additions_of
+
     return _load(args, additions_of(args))
 
 
@@ -76,35 +77,6 @@ def _load(args: argparse.Namespace, additions: Additions, threads: object = None
         return Pipeline(families.load(args.model, additions, **how), tile=tile)
 
 
-def additions_of(args: argparse.Namespace) -> Additions:
-    """What the flags ask to add to the model; raises BadRequest."""
-    from sfumato.families.additions import Additions
-
-    embeddings: dict[str, str] = {}
-    for text in args.embedding:
-        word, sign, file = text.partition("=")
-        if not (word and sign and file):
-            raise BadRequest(f"--embedding must be WORD=FILE, such as <cat>=cat.safetensors, not {text!r}")
-        if word in embeddings:
-            raise BadRequest(f"--embedding names the word {word!r} twice")
-        embeddings[word] = file
-    networks = (args.vae, tuple(args.control), args.denoiser, args.ip_adapter, args.image_encoder)
-    return Additions.of([_lora(text) for text in args.lora], embeddings, *networks)
-
-
-def _lora(text: str) -> tuple[str, float]:
-    """FILE or FILE:WEIGHT; a colon that belongs to the file's name is left alone."""
-    file, colon, weight = text.rpartition(":")
-    if not colon or os.path.exists(text):
-        return text, 1.0
-    try:
-        return file, float(weight)
-    except ValueError:
-        if os.path.exists(file):
-            raise BadRequest(f"the weight in --lora {text} is no number") from None
-        return text, 1.0
-
-
 def _given_pictures(name: str, request: Request, args: argparse.Namespace) -> dict[str, PictureFile]:
     """The pictures whose places flags tell, by their SHA-256; BadRequest for one that the request did not use."""
     given: str | list[str] | None = getattr(args, name)
@@ -139,6 +111,7 @@ def _ingredients_again(ingredients: Sequence[Ingredient], args: argparse.Namespa
     beside the picture, beside the model, or here. Raises BadCheckpoint for those that are not there.
     """
     from sfumato.families.additions import NETWORKS, Additions, content_hash
+    from sfumato.families.flags import additions_of
 
     given = additions_of(args)
     named = [path for path, _ in given.loras] + list(given.embeddings.values())

@@ -144,6 +144,21 @@ class Additions:
             *(_path(path) for path in (denoiser, ip_adapter, image_encoder)),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Give it as JSON's types; ``from_dict`` is the way back."""
+        networks: dict[str, Any] = {kind: str(path) for kind, path in self.named if kind != "controlnet"}
+        return {
+            "loras": [[str(path), weight] for path, weight in self.loras],
+            "embeddings": {word: str(path) for word, path in self.embeddings.items()},
+            "controlnet": [str(path) for path in self.controlnets],
+            **networks,
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Additions:
+        """Read what ``to_dict`` gave."""
+        return cls.of(**{**record, "loras": [(path, weight) for path, weight in record["loras"]]})
+
     def check(self) -> None:
         """Raise BadCheckpoint for a file that is not there, without reading any."""
         for path in (*(p for p, _ in self.loras), *self.embeddings.values(), *(p for _, p in self.networks)):

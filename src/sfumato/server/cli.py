@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.console import Parser
 from sfumato.errors import BadRequest, NoResources
+from sfumato.families.flags import add_addition_flags, additions_of
 from sfumato.server.settings import PORT, Limits, Settings
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     """Serve until told to stop."""
     args = _parser().parse_args(argv)
     settings = settings_of(args)
+    settings.additions.check()
     try:
         from sfumato.server.app import build_app
         from sfumato.server.context import Context
@@ -68,6 +70,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(
         folder=Path(args.folder),
         models=tuple(args.model),
+        additions=additions_of(args),
         host=args.host,
         port=args.port,
         hosts=tuple(args.allow_host),
@@ -87,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="sfumato serve", description="Serve pictures over HTTP.")
     add = parser.add_argument
     add("--model", metavar="M", action="append", default=[], help="weight file or name of a model; may be given again")
+    add_addition_flags(add)
     add(
         "--folder",
         metavar="DIR",

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sfumato.errors import BadRequest
+from sfumato.families.additions import Additions
 
 PORT = 7860  # where programs look for a server of pictures
 JSON_BYTES = 1 << 20
@@ -49,6 +50,7 @@ class Settings:
     Args:
         folder: where pictures, uploads and the queue live.
         models: names or files of the models to serve, the default first; empty: the embedded ones.
+        additions: what to add to the one model, such as LoRAs and ControlNets.
         host, port: where to listen; port 0 takes any free one.
         hosts: further names under which the server may be addressed.
         origins: pages of other servers, as ``https://host``, whose scripts may use the API.
@@ -65,6 +67,7 @@ class Settings:
 
     folder: Path
     models: tuple[str, ...] = ()
+    additions: Additions = field(default_factory=Additions)
     host: str = "127.0.0.1"
     port: int = PORT
     hosts: tuple[str, ...] = ()
@@ -86,6 +89,9 @@ class Settings:
             raise BadRequest(
                 f"{self.host} can be reached by other machines: set a token, by SFUMATO_TOKEN or --token-file"
             )
+        if self.additions and len(self.models) != 1:
+            n = len(self.models) or "none"
+            raise BadRequest(f"LoRAs, ControlNets and the like are added to one model: name one (--model M), not {n}")
         for url in self.origins:
             if not ORIGIN.fullmatch(url):
                 raise BadRequest(f"--allow-origin must be an address such as https://pictures.example.org, not {url!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -118,6 +119,7 @@ class Supervisor:
         s = self._settings
         worker.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "sfumato.server.worker", s.loader, str(s.batch), str(s.threads_per_worker),
+            json.dumps(s.additions.to_dict()),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env={k: v for k, v in os.environ.items() if k != "SFUMATO_TOKEN"}, limit=1 << 20,
         )  # fmt: skip

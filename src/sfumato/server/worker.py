@@ -13,6 +13,7 @@ import faulthandler
 import gc
 import importlib
 import io
+import json
 import os
 import queue
 import signal
@@ -23,9 +24,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sfumato.errors import BadRequest, SfumatoError
+from sfumato.families.additions import Additions
 from sfumato.server import wire
 from sfumato.server.errors import code_of
 
@@ -278,8 +281,9 @@ def _read_orders(file: BinaryIO, orders: queue.SimpleQueue[dict[str, Any]]) -> N
 
 
 def main() -> None:
-    """Run a worker as ``python -m sfumato.server.worker LOADER BATCH THREADS``."""
+    """Run a worker as ``python -m sfumato.server.worker LOADER BATCH THREADS ADDITIONS``."""
     loader, batch, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    additions = Additions.from_dict(json.loads(sys.argv[4]))
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal's Ctrl-C is for the server to handle
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
@@ -300,7 +304,8 @@ def main() -> None:
         while frame:
             frame = frame[output.write(frame) :]
 
-    worker = Worker(getattr(importlib.import_module(module), name), batch, send)
+    load = getattr(importlib.import_module(module), name)
+    worker = Worker(partial(load, additions=additions) if additions else load, batch, send)
     send({"is": "ready"})
     while True:
         while not orders.empty() or not worker.busy:
