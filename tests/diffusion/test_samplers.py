@@ -128,6 +128,23 @@ def test_churn_keeps_the_law():
         assert np.abs(np.cov(last.x.T) - MIXTURE.covariance()).max() < 0.1
 
 
+def test_churn_is_for_levels_from_s_tmin_to_s_tmax_both_included():
+    """Of σ/α, in coordinates that change from level to level; all numbers are exact in binary."""
+    path = [NoiseLevel(r, a, a * r) for r, a in [(8, 0.125), (4, 0.25), (2, 0.5), (1, 2.0), (0.5, 1.0)]]
+    path.append(NoiseLevel(0.0, 1.0, 0.0))
+    for low, high, churned in [(1.0, 4.0, [4, 2, 1]), (1.01, 3.99, [2]), (0.0, 0.5, [0.5]), (8.0, math.inf, [8])]:
+        at, noisy = [None], []
+
+        def noise(x, at=at, noisy=noisy):
+            noisy.append(at[0])
+            return np.zeros_like(x)
+
+        for p, q in itertools.pairwise(path):
+            at[0] = p.t
+            list(SAMPLERS["heun"](MIXTURE, np.ones((1, 2)), [p, q], noise, s_churn=1.0, s_tmin=low, s_tmax=high))
+        assert noisy == churned
+
+
 def test_churn_never_leaves_the_schedule():
     for name in ("exploding", "flow", "linear"):
         path = SPACINGS["karras"](EVERY[name], 6)

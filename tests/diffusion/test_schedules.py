@@ -111,3 +111,15 @@ def test_impossible_ranges_are_refused():
     ]:  # fmt: skip
         with pytest.raises(BadRequest):
             SCHEDULES[name](**settings)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled-linear", "cosine"])
+def test_below_the_first_index_it_is_clean_and_zero_snr_is_reached_by_an_even_turn(name):
+    for zero in (False, True):
+        schedule = SCHEDULES[name](zero_snr=zero)
+        assert schedule.clean == schedule(-1.0)
+        assert schedule(-1e-6)[1:] == schedule.clean[1:] == (1.0, 0.0)
+        assert schedule.clean.t == -1  # as far before the first index as indices are apart
+    first, middle, last = (math.atan2(*schedule(t)[:0:-1]) for t in (998.0, 998.25, 999.0))
+    assert last == math.pi / 2
+    assert middle == pytest.approx(0.75 * first + 0.25 * last)

@@ -72,12 +72,24 @@ def test_karras_is_edms_formula():
     assert [q.sigma for q in SPACINGS["karras"](schedule, n)] == pytest.approx([*want, 0.0], rel=1e-9)
 
 
+def test_pure_noise_is_taken_for_edms_greatest_sigma():
+    schedule = EVERY["scaled-linear, zero SNR"]
+    low = schedule(0.0).sigma / schedule(0.0).alpha
+    evenly = (np.linspace(80 ** (1 / 7), low ** (1 / 7), 6) ** 7, np.geomspace(80, low, 6))
+    for spacing, want in zip(("karras", "exponential"), evenly, strict=True):
+        path = SPACINGS[spacing](schedule, 6)
+        assert path[0] == schedule(999.0)
+        assert path[0].alpha == 0
+        assert [q.sigma / q.alpha for q in path[1:-1]] == pytest.approx(want[1:], rel=1e-6)
+
+
 def test_shift_is_the_formula_of_sd3():
     flow = SCHEDULES["flow"]()
     for s in (3.0, 1.0, math.e**1.15):
         tau = np.arange(8, 0, -1) / 8
         assert times(SPACINGS["shift"](flow, 8, s=s)) == pytest.approx(s * tau / (1 + (s - 1) * tau))
-    assert SPACINGS["shift"](flow, 5, s=1.0) == SPACINGS["trailing"](flow, 5)
+    for schedule in (flow, SD):
+        assert times(SPACINGS["shift"](schedule, 5, s=1.0)) == pytest.approx(times(SPACINGS["trailing"](schedule, 5)))
 
 
 def test_flow_trailing_equals_diffusers_flow_match():
