@@ -97,11 +97,28 @@ def test_float_array_and_tensor_agree_and_keep_their_kind():
 
 
 @pytest.mark.parametrize(
-    "alpha_bar", [[0.9], [0.5, 0.9], [0.9, 0.5, 0.6], [1.0, 0.5], [0.9, -0.1], [0.9, 0.9], [0.9, math.nan]]
+    "alpha_bar",
+    [[0.9], [0.5, 0.9], [0.9, 0.5, 0.6], [1.0, 0.5], [0.9, -0.1], [0.9, 0.5, -0.1], [0.9, 0.9], [0.9, math.nan]],
 )
 def test_impossible_schedules_are_refused(alpha_bar):
     with pytest.raises(BadRequest):
         Discrete(np.array(alpha_bar))
+
+
+def test_the_least_schedule_has_two_steps():
+    least = Discrete(np.array([0.9, 0.0]))
+    assert (least.steps, least.t_max) == (2, 1.0)
+    assert least(1.0)[1:] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "settled"),
+    [("flow", "steps"), ("flow", "clean"), ("exploding", "steps"), ("exploding", "clean"), ("discrete", "t_min"),
+     ("discrete", "clean")],
+)  # fmt: skip
+def test_what_follows_from_the_curve_is_no_setting(make, settled):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{settled}'"):
+        SCHEDULES[make](**{settled: 5}) if make in SCHEDULES else Discrete(np.array([0.9, 0.5]), **{settled: 5})
 
 
 def test_impossible_ranges_are_refused():

@@ -166,6 +166,17 @@ def test_between_lies_on_the_schedule_and_on_the_plain_list_s_curve(name):
         assert plain.between(p, q, want)[1:] == pytest.approx(path.between(p, q, want)[1:])
 
 
+def test_between_levels_of_no_curve_time_and_size_go_evenly_with_log_snr():
+    p, q = (
+        NoiseLevel(3.0, 1.0, 4.0),
+        NoiseLevel(2.0, 2.0, 4.0),
+    )  # nearest to VP: √17 and √20, of α 1 and 2, α + σ 5 and 6
+    level = Path([p, q]).between(p, q, 0.75 * p.log_snr + 0.25 * q.log_snr)
+    assert level.log_snr == pytest.approx(0.75 * p.log_snr + 0.25 * q.log_snr)
+    assert level.t == pytest.approx(2.75)
+    assert math.hypot(level.alpha, level.sigma) == pytest.approx(0.75 * math.sqrt(17) + 0.25 * math.sqrt(20))
+
+
 def test_between_below_the_schedule_s_range_follows_its_curve():
     path = SPACINGS["trailing"](SCHEDULES["flow"](t_min=0.3), 10)
     p, q = path[-3], path[-2]

@@ -16,6 +16,7 @@ from sfumato.errors import BadData, NoResources
 from sfumato.training.ema import EMA
 from sfumato.training.loop import learning_rate
 from sfumato.training.optimizers import Muon, build_optimizers, orthogonalize, restore, tensors_of
+from sfumato.training.progress import Progress
 from sfumato.training.recipe import OptimizerConfig, Recipe, build_recipe, load_recipe
 from sfumato.training.runlog import RunLog
 from sfumato.training.state import Checkpoint, load_newest, save_checkpoint
@@ -58,6 +59,15 @@ def test_rates_that_would_unlearn_or_learn_nothing_are_refused(setting, value):
     with pytest.raises(BadData, match=rf"optimizer: {setting} must .*, not "):
         build_optimizers(nn.Linear(2, 2), replace(OptimizerConfig(), **{setting: value}))
     build_optimizers(nn.Linear(2, 2), OptimizerConfig(clip=math.inf, decay=0, warmup=0, weight_decay=0))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_bad_step_does_not_hide_the_loss_of_the_good_ones(bad):
+    progress = Progress(quiet=True)
+    for loss in (bad, 2.0, bad, 2.0):
+        progress.step(1, loss, [bad if loss is bad else 1.0], 1)
+    assert progress.loss == 2.0
+    assert progress._levels == [1.0]
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])

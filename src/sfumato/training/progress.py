@@ -88,6 +88,6 @@ class Progress:
 
 
 def _smooth(old: float, new: float) -> float:
-    if math.isnan(old) or math.isnan(new):
-        return old if math.isnan(new) else new
+    if not math.isfinite(old) or not math.isfinite(new):  # a bad step must not hide the good ones after it
+        return new if math.isfinite(new) else old
     return 0.98 * old + 0.02 * new
