@@ -121,13 +121,19 @@ def test_what_follows_from_the_curve_is_no_setting(make, settled):
         SCHEDULES[make](**{settled: 5}) if make in SCHEDULES else Discrete(np.array([0.9, 0.5]), **{settled: 5})
 
 
-def test_impossible_ranges_are_refused():
-    empty = {"t_min": 0.5, "t_max": 0.5}
-    for name, settings in [
-        ("flow", {"t_min": 0.0}), ("flow", {"t_max": 1.5}), ("flow", empty), ("exploding", {"sigma_min": 100.0}),
-    ]:  # fmt: skip
-        with pytest.raises(BadRequest):
-            SCHEDULES[name](**settings)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("flow", {"t_min": 0.0, "t_max": 1.0}), ("flow", {"t_min": 0.1, "t_max": 1.5}),
+        ("flow", {"t_min": 0.5, "t_max": 0.5}), ("flow", {"t_min": 0.7, "t_max": 0.3}),
+        ("exploding", {"sigma_min": 100.0, "sigma_max": 80.0}), ("exploding", {"sigma_min": 0.0, "sigma_max": 80.0}),
+        ("exploding", {"sigma_min": 5.0, "sigma_max": 5.0}),
+    ],
+)  # fmt: skip
+def test_impossible_ranges_are_refused(name, settings):
+    low, high = settings.values()
+    with pytest.raises(BadRequest, match=f"0 < .*_min < .*_max.* not {low} and {high}$"):
+        SCHEDULES[name](**settings)
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled-linear", "cosine"])

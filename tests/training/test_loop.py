@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import ENV, command, few, figures, recipe, run, states
 
 from faults import spoil, write_pictures
@@ -202,6 +203,12 @@ def test_a_run_s_damaged_recipe_is_named(pictures, tmp_path: Path):
         (tmp_path / "recipe.json").write_text(damaged)
         with pytest.raises(BadData, match=r"recipe\.json cannot be read .*another --run folder"):
             run(pictures, tmp_path, "steps=2")
+
+
+def test_a_grid_without_prompts_is_a_row_of_pictures_without_words(pictures, tmp_path: Path):
+    run(pictures, tmp_path, "steps=1", "grid_every=1", "grid_prompts=[]")
+    with Image.open(tmp_path / "grid-00000001.png") as grid:
+        assert grid.size == (4 * 8, 8)
 
 
 def test_fewer_steps_than_are_done_are_refused(pictures, tmp_path: Path):

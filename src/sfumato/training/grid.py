@@ -29,8 +29,11 @@ def draw_grid(
     columns: int = 4,
     steps: int = 20,
 ) -> None:
-    """Write a PNG with one row per prompt, its columns of different seeds, under classifier-free guidance."""
-    prompts = [p for p in prompts for _ in range(columns)]
+    """Write a PNG with one row per prompt, its columns of different seeds, under classifier-free guidance.
+
+    Without prompts there is one row without words.
+    """
+    prompts = [p for p in prompts or [""] for _ in range(columns)]
     x = torch.randn((len(prompts), *native.config.shape), generator=torch.Generator().manual_seed(0))
     levels = SPACINGS["trailing"](native.config.build_schedule(), steps)
     write_sheet(decode(drawn(native, prompts, x, levels)), columns, path)
