@@ -125,10 +125,11 @@ def test_settings_are_never_ignored():
         ("shift", {"s": -1.0}),
         ("beta", {"alpha": math.nan}),
         ("shift", {"s": "3"}),
+        ("shift", {"s": math.inf}),
     ]:
         with pytest.raises(BadRequest, match="positive"):
             SPACINGS[name](SD, 10, **bad)
-    for offset in (-1, math.nan, "1"):
+    for offset in (-1, math.nan, math.inf, "1"):
         with pytest.raises(BadRequest, match="offset"):
             SPACINGS["leading"](SD, 10, offset=offset)
     with pytest.raises(BadRequest, match="distinct levels"):
