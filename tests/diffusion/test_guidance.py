@@ -123,7 +123,16 @@ def test_one_doubled_batch_is_enough():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_apg_with_all_of_the_difference_is_cfg(level):
-    close(apg(3.0, eta=1.0)(PAIR)(X, level), cfg(3.0)(PAIR)(X, level), 1e-11)
+    for scale in (0.0, 1.0, 1.5, 2.0, 3.0):
+        close(apg(scale, eta=1.0)(PAIR)(X, level), cfg(scale)(PAIR)(X, level), 1e-11)
+
+
+def test_at_scale_one_the_weak_is_not_called():
+    def never(x, level):
+        raise AssertionError("called the weak")
+
+    for guidance in (cfg(1.0), cfg(1), apg(1.0, norm=0.5), GUIDANCE["autoguidance"](1.0)):
+        close(guidance(Pair(MIXTURE, never))(X, LEVELS[0]), MIXTURE(X, LEVELS[0]))
 
 
 def test_apg_projects_and_bounds_the_difference():

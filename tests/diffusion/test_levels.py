@@ -67,6 +67,13 @@ def test_edm_row_is_the_published_preconditioning(sigma, x, out):
     assert row.clock(level) == pytest.approx(math.log(sigma) / 4)
 
 
+@given(level=levels(), t=st.floats(0, 1000))
+def test_all_other_networks_see_x_and_the_time_as_they_are(level, t):
+    for name in PARAMETERIZATIONS.keys() - {"edm"}:
+        assert PARAMETERIZATIONS[name].gain(level._replace(t=t)) == 1
+        assert PARAMETERIZATIONS[name].clock(level._replace(t=t)) == t
+
+
 def test_eps_and_edm_networks_cannot_start_from_pure_noise():
     noise = NoiseLevel(999.0, 0.0, 1.0)
     with pytest.raises(BadRequest, match="cannot start from pure noise"):
@@ -100,7 +107,8 @@ def test_at_sigma_zero_noise_does_not_count():
     clean = NoiseLevel(-1.0, 1.0, 0.0)
     assert Prediction(np.ones(2), np.full(2, np.nan)).at(clean).tolist() == [1, 1]
     assert Prediction.from_x0(np.ones(2), clean, np.zeros(2)).eps.tolist() == [0, 0]
-    assert Prediction(np.ones(2), np.full(2, np.nan)).at(NoiseLevel(0.0, 0.5, 0.0)).tolist() == [0.5, 0.5]
+    for alpha in (0.5, 2.0):
+        assert Prediction(np.ones(2), np.full(2, np.nan)).at(NoiseLevel(0.0, alpha, 0.0)).tolist() == [alpha, alpha]
     whole = NoiseLevel(0, 1, 0)  # whole numbers are numbers, too
     assert Prediction.from_x0(np.ones(2), whole, np.zeros(2)).at(whole).tolist() == [0, 0]
 

@@ -65,6 +65,12 @@ def test_log_snr_leads_back_to_its_level(name, u):
     assert back.sigma == pytest.approx(level.sigma, rel=1e-7)
 
 
+@pytest.mark.parametrize("name", [name for name in EVERY if EVERY[name].steps])
+def test_log_snr_leads_back_to_its_time_in_the_first_and_last_intervals(name):
+    for t in (0.0, 0.25, 1.0, 996.75, 997.0, 997.25, 997.75, 998.0, 998.25, 998.75):
+        assert EVERY[name].at_log_snr(EVERY[name](t).log_snr).t == pytest.approx(t, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_levels_beyond_the_range_are_held_within(name):
     schedule = EVERY[name]
