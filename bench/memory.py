@@ -196,12 +196,13 @@ def write(family: str, folder: Path, blocks: list[int], stored: str) -> int:
 
     parts = configs(family, blocks)
     shapes = networks(parts)
-    empty = {p: {k.removeprefix("text_model."): None for k in s} for p, s in shapes.items() if "text_encoder" in p}
-    named: Any = with_tokenizers(Published(folder, "folder", parts, empty, {}))  # type: ignore[arg-type]
-    tokenizers = {k: v for k, v in named.tokenizers.items() if v}
-    for part, c in parts.items():
-        if c.get("model_type") == "t5":
-            tokenizers[part.replace("text_encoder", "tokenizer")] = {"tokenizer.json": _pieces()}
+    with torch.device("meta"):
+        towers = {
+            part: {k.removeprefix("text_model."): torch.empty(shape) for k, shape in own.items()}
+            for part, own in shapes.items()
+            if "text_encoder" in part
+        }
+    tokenizers = with_tokenizers(Published(folder, "folder", parts, towers)).tokenizers
     write_folder(Published(folder, "folder", parts, {}, tokenizers), folder)
     dtype, size = {"F16": (torch.float16, 2), "BF16": (torch.bfloat16, 2), "F32": (torch.float32, 4)}[stored]
     pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
@@ -228,16 +229,6 @@ def write(family: str, folder: Path, blocks: list[int], stored: str) -> int:
                     out.write(scaled[: n * size - start])
         total += end
     return total
-
-
-def _pieces() -> str:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((c, -3.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
-    tokenizer = Tokenizer(models.Unigram(letters, unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return tokenizer.to_str()
 
 
 def status(key: str) -> float:
