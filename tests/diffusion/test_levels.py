@@ -108,7 +108,8 @@ def test_at_sigma_zero_noise_does_not_count():
     assert Prediction(np.ones(2), np.full(2, np.nan)).at(clean).tolist() == [1, 1]
     assert Prediction.from_x0(np.ones(2), clean, np.zeros(2)).eps.tolist() == [0, 0]
     for alpha in (0.5, 2.0):
-        assert Prediction(np.ones(2), np.full(2, np.nan)).at(NoiseLevel(0.0, alpha, 0.0)).tolist() == [alpha, alpha]
+        mixed = Prediction(np.array([3.0, -2.0]), np.full(2, np.nan)).at(NoiseLevel(0.0, alpha, 0.0))
+        assert mixed.tolist() == [3 * alpha, -2 * alpha]
     whole = NoiseLevel(0, 1, 0)  # whole numbers are numbers, too
     assert Prediction.from_x0(np.ones(2), whole, np.zeros(2)).at(whole).tolist() == [0, 0]
 

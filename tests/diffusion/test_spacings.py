@@ -165,6 +165,7 @@ def test_between_lies_on_the_schedule_and_on_the_plain_list_s_curve(name):
             assert level.log_snr == pytest.approx(want)
             assert min(p.t, q.t) < level.t < max(p.t, q.t)
         assert plain.between(p, q, want)[1:] == pytest.approx(path.between(p, q, want)[1:])
+        assert path.between(p, q, want) == EVERY[name].at_log_snr(want)  # its time, too
 
 
 def test_between_levels_of_no_curve_time_and_size_go_evenly_with_log_snr():
