@@ -38,6 +38,7 @@ def test_equals_diffusers(name, zero_snr):
 def test_defaults_are_the_published_ones():
     assert SCHEDULES["linear"]().alpha_bar[0] == pytest.approx(1 - 1e-4)
     assert SCHEDULES["linear"]().alpha_bar[-1] == pytest.approx(4.0358e-5, rel=1e-4)
+    assert all(SCHEDULES[name]()(999).alpha > 0 for name in DIFFUSERS)  # zero SNR is asked for
     scaled = SCHEDULES["scaled-linear"](steps=1000)
     assert scaled(999).sigma / scaled(999).alpha == pytest.approx(14.6146, rel=1e-4)
 

@@ -132,6 +132,7 @@ def test_settings_are_never_ignored():
     for offset in (-1, math.nan, math.inf, "1"):
         with pytest.raises(BadRequest, match="offset"):
             SPACINGS["leading"](SD, 10, offset=offset)
+    assert times(SPACINGS["leading"](SD, 2, offset=0.5)) == [500.5, 0.5]
     with pytest.raises(BadRequest, match="distinct levels"):
         SPACINGS["leading"](SD, 1000, offset=1)  # the last index is 999
     with pytest.raises(BadRequest, match="distinct levels"):
