@@ -65,6 +65,7 @@ def test_edm_row_is_the_published_preconditioning(sigma, x, out):
     assert row(x, level, out).x0 == pytest.approx(skip * x + sigma * data * gain * out, abs=1e-9)
     assert row.gain(level) == pytest.approx(gain)
     assert row.clock(level) == pytest.approx(math.log(sigma) / 4)
+    assert row.clock(NoiseLevel(0.0, 0.5, 0.5 * sigma)) == pytest.approx(math.log(sigma) / 4)  # of σ/α
 
 
 @given(level=levels(), t=st.floats(0, 1000))

@@ -245,6 +245,8 @@ def test_ddim_makes_an_inverted_picture_again(schedule, spacing):
     low, high = path[-3], path[-2]
     [explicit] = SAMPLERS["ddim-inversion"](MIXTURE, picture, [high, low], fresh(), refine=0)
     np.testing.assert_array_equal(explicit.x, MIXTURE(picture, low).at(high))
+    [first] = SAMPLERS["ddim-inversion"](MIXTURE, picture, path[-2:], fresh(), refine=0)  # no network knows σ = 0
+    np.testing.assert_array_equal(first.x, path[-2].alpha * picture)
     *_, top = SAMPLERS["ddim-inversion"](MIXTURE, picture, path, fresh(), refine=1)
     *_, rough = SAMPLERS["ddim"](MIXTURE, top.x, path, fresh())
     assert np.abs(rough.x - picture).max() > 10 * np.abs(back.x - picture).max()
@@ -291,6 +293,7 @@ def test_multistep_starts_with_first_order_steps_at_pure_noise():
 def test_every_setting_has_limits():
     assert {key for sampler in SAMPLERS.values() for key in sampler.settings} == LIMITS.keys()
     assert SAMPLERS["ddpm"].settings == {"eta": 1.0}
+    assert SAMPLERS["unipc"].settings == {"order": 2}
 
 
 @pytest.mark.parametrize(

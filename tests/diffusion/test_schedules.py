@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.diffusion import SCHEDULES
-from sfumato.diffusion.schedules import Discrete
+from sfumato.diffusion.schedules import Discrete, from_betas
 from sfumato.errors import BadRequest
 
 DIFFUSERS = {"linear": "linear", "scaled-linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -39,6 +39,7 @@ def test_defaults_are_the_published_ones():
     assert SCHEDULES["linear"]().alpha_bar[0] == pytest.approx(1 - 1e-4)
     assert SCHEDULES["linear"]().alpha_bar[-1] == pytest.approx(4.0358e-5, rel=1e-4)
     assert all(SCHEDULES[name]()(999).alpha > 0 for name in DIFFUSERS)  # zero SNR is asked for
+    assert from_betas(np.linspace(1e-4, 0.02, 10))(9).alpha > 0
     scaled = SCHEDULES["scaled-linear"](steps=1000)
     assert scaled(999).sigma / scaled(999).alpha == pytest.approx(14.6146, rel=1e-4)
 

@@ -120,6 +120,10 @@ def test_impossible_steps_are_refused(steps):
 def test_settings_are_never_ignored():
     with pytest.raises(BadRequest, match="did you mean 'rho'"):
         SPACINGS["karras"](SD, 10, roh=5)
+    with pytest.raises(BadRequest, match="it takes none"):
+        SPACINGS["trailing"](SD, 10, offset=1)
+    with pytest.raises(BadRequest, match="it takes alpha, beta"):
+        SPACINGS["beta"](SD, 10, gamma=1)
     for name, bad in [
         ("karras", {"rho": 0}),
         ("shift", {"s": -1.0}),
@@ -130,7 +134,7 @@ def test_settings_are_never_ignored():
         with pytest.raises(BadRequest, match="positive"):
             SPACINGS[name](SD, 10, **bad)
     for offset in (-1, math.nan, math.inf, "1"):
-        with pytest.raises(BadRequest, match="offset"):
+        with pytest.raises(BadRequest, match="offset must be a number"):
             SPACINGS["leading"](SD, 10, offset=offset)
     assert times(SPACINGS["leading"](SD, 2, offset=0.5)) == [500.5, 0.5]
     with pytest.raises(BadRequest, match="distinct levels"):
