@@ -43,8 +43,8 @@ class EncodedCaptions:
 
     def fingerprint(self) -> str:
         """SHA-256 of all states, to tell whether another tower has read the captions since a run began."""
-        digest = hashlib.sha256(self.context.numpy())
-        digest.update(self.pooled.numpy())
+        digest = hashlib.sha256(self.context.numpy().tobytes())
+        digest.update(self.pooled.numpy().tobytes())
         return digest.hexdigest()
 
 
