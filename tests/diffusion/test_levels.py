@@ -83,6 +83,8 @@ def test_eps_and_edm_networks_cannot_start_from_pure_noise():
         Prediction.from_eps(np.ones(2), noise, np.ones(2))
     with pytest.raises(BadRequest, match="cannot start from pure noise"):
         PARAMETERIZATIONS["edm"].clock(noise)
+    with pytest.raises(BadRequest, match="cannot start from pure noise"):
+        PARAMETERIZATIONS["edm"].clock(NoiseLevel(999, 0, 1))  # whole numbers are numbers, too
     with pytest.raises(BadRequest, match="sigma = 0"):
         PARAMETERIZATIONS["x0"](np.ones(2), NoiseLevel(-1.0, 1.0, 0.0), np.ones(2))
 
