@@ -165,13 +165,13 @@ def test_lists_of_jobs(shared: Server) -> None:
 
 
 def test_the_gallery_is_its_folder(shared: Server, model_file: Path) -> None:
-    job = shared.ended(shared.submit("a yellow submarine", negative="rain", seed=41, steps=1)["id"])
+    job = shared.ended(shared.submit("a yellow submarine", negative="hailstones", seed=41, steps=1)["id"])
     (id,) = [p["id"] for p in job["pictures"]]
 
     def found(**query: Any) -> list[str]:
         return [p["id"] for p in shared.http.get("/pictures", params=query).json()["pictures"]]
 
-    for words in ("submarine", "SUBMARINE yellow", "41 rain", "dpmpp-2m submarine"):
+    for words in ("submarine", "SUBMARINE yellow", "41 hailstones", "dpmpp-2m submarine"):
         assert found(q=words) == [id]
     assert found(q="submarine green") == []
     assert id in found(model=job["model"])
