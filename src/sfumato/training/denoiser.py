@@ -204,11 +204,10 @@ class DenoiserTask:
             return out
 
         losses = self.objective(network, x0, u, eps, beside)
-        error = losses.loss if losses.error is None else losses.error
         if batch.features is None:  # every parameter takes part in every step
-            return replace(losses, loss=losses.loss + 0.0 * projected[0].float().mean((1, 2)), error=error)
+            return replace(losses, loss=losses.loss + 0.0 * projected[0].float().mean((1, 2)))
         likeness = F.cosine_similarity(projected[0].float(), batch.features.to(device).float(), dim=-1).mean(1)
-        return replace(losses, loss=losses.loss - self.recipe.latents.align * likeness, error=error)
+        return replace(losses, loss=losses.loss - self.recipe.latents.align * likeness)
 
     def export(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write a model file: fp16 weights, and metadata that say how to build it."""

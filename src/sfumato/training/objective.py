@@ -103,9 +103,8 @@ class DenoisingObjective:
         out = network(p.gain(level) * x, clock).float()
         error = (out - p.target(x0, eps, level)).pow(2)
         loss = (WEIGHTS[self.config.weight](self.config, p, level) * error).mean(dim=(1, 2, 3))
-        if beside is None:
-            return Losses(loss, place)
-        return Losses(loss + beside(p(x, level, out).x0, place), place, error=loss)
+        whole = loss if beside is None else loss + beside(p(x, level, out).x0, place)
+        return Losses(whole, place, error=loss)
 
 
 def _flat(clock: Any, n: int, like: Tensor) -> Tensor:
