@@ -1,10 +1,11 @@
-"""A trained model of our own as the embedded one: its word table in eight bits, its card and defaults set.
+"""A trained model of our own as the embedded one: its matrices in eight bits, its card and defaults set.
 
     python tools/embed.py RUN/final.safetensors src/sfumato/models/NAME.safetensors RECIPE.yaml [--preview FILE]
-        [--autoencoder FILE]
+        [--autoencoder FILE] [--whole]
 
-The word table, which stays as it was laid out from word vectors, is kept as floats of eight bits (E4M3: 2209.05433), so
-that everything fits its size; how much is lost is printed. All else is fp16.
+The word table, which stays as it was laid out from word vectors, is kept as floats of eight bits (E4M3: 2209.05433),
+and the denoiser's and the text tower's matrices as whole numbers of eight bits with a scale for each row, so that more
+of them fit a file; how much is lost is printed. All else is fp16. ``--whole`` keeps the matrices in fp16, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
+from sfumato.checkpoints.eight_bits import pack, unpack
 from sfumato.checkpoints.tensors import read_header, read_tensors
 from sfumato.config import from_dict, to_dict
 from sfumato.families.autoencoder import load_autoencoder, load_preview
@@ -25,6 +28,7 @@ from sfumato.files import write_atomically
 from sfumato.training.recipe import load_recipe
 
 WORDS = "text.tokens.weight"
+SMALL = 4096  # numbers; matrices of fewer are not worth it
 
 
 def main() -> None:
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--preview", type=Path, help="a decoder for previews, where the model was trained without one")
     parser.add_argument("--autoencoder", type=Path, help="the same latents with a decoder that learned on")
+    parser.add_argument("--whole", action="store_true", help="matrices in fp16")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, [])
     tensors = dict(read_tensors(args.source))
@@ -42,8 +47,18 @@ def main() -> None:
     config = replace(from_dict(NativeConfig, meta["config"], "config"), defaults=recipe.model.defaults)
     table = tensors[WORDS].float()
     tensors[WORDS] = table.to(torch.float8_e4m3fn)
-    lost = (tensors[WORDS].float() - table).square().sum() / table.square().sum()
-    print(f"words: {float(lost):.3%} of their energy lost")
+    print(f"words: {lost(tensors[WORDS].float(), table):.4%} of their energy lost")
+    if not args.whole:
+        matrices = [
+            k for k, v in tensors.items()
+            if k.startswith(("network.", "text.")) and k != WORDS and v.ndim in (2, 3) and v.numel() >= SMALL
+        ]  # fmt: skip
+        before = {k: tensors.pop(k) for k in matrices}
+        packed = {name: t for k, v in before.items() for name, t in pack(k, v).items()}
+        after = unpack(packed)
+        worst = max(matrices, key=lambda k: lost(after[k], before[k]))
+        print(f"{len(matrices)} matrices: at most {lost(after[worst], before[worst]):.4%} ({worst})")
+        tensors |= packed
     if args.autoencoder:
         learned = load_autoencoder(args.autoencoder).state_dict()
         for k, v in learned.items():
@@ -59,6 +74,11 @@ def main() -> None:
     write_atomically(args.target, save(tensors, {FORMAT: json.dumps(stored)}))
     numbers = sum(t.numel() for t in tensors.values())
     print(f"{args.target}: {numbers / 1e6:.2f} million parameters, {args.target.stat().st_size / 1e6:.2f} MB")
+
+
+def lost(kept: Tensor, whole: Tensor) -> float:
+    """The share of a tensor's energy that an error has."""
+    return float((kept - whole.float()).square().sum() / whole.float().square().sum().clamp(min=1e-30))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from faults import write_pictures
+from sfumato.checkpoints.eight_bits import pack
+from sfumato.checkpoints.tensors import read_header
 from sfumato.config import from_dict
 from sfumato.data.config import DataConfig
 from sfumato.data.pictures import load_pictures
@@ -238,6 +240,48 @@ def test_a_frozen_tower_reads_each_caption_once(vae: Path, tmp_path: Path, monke
     monkeypatch.setattr(TextTower, "forward", None)  # all it says is known by now
     task = build_task(recipe, tmp_path, tmp_path / "run", World(), Progress(quiet=True))
     task.losses(task.module, task.fetch(range(4))).loss.mean().backward()
+
+
+def test_experts_go_on_from_a_model_without_them_and_from_one_of_eight_bits(vae: Path, tmp_path: Path) -> None:
+    plain = train(latent(str(vae)), tmp_path, "plain")
+    stored = load_file(plain)
+    raw = latent(str(vae))
+    raw["model"]["transformer"] |= {"experts": 4, "expert_dim": 6}
+    raw["latents"]["denoiser"] = str(plain)
+
+    def start(raw: dict) -> dict[str, torch.Tensor]:
+        task = build_task(from_dict(Recipe, raw, "test"), tmp_path, tmp_path / "run", World(), Progress(quiet=True))
+        assert isinstance(task, DenoiserTask)
+        return task.module.network.state_dict()
+
+    started = start(raw)
+    for name, value in started.items():
+        if ".experts." not in name:
+            assert torch.equal(value, stored[f"network.{name}"].float())
+        elif name.endswith(("narrow", "bias")):
+            assert not value.any()
+
+    final = train(raw, tmp_path, "wider")
+    whole, meta = load_file(final), read_header(final).metadata
+    assert whole["network.blocks.1.experts.narrow"].any()
+    packed: dict[str, torch.Tensor] = {}
+    for name, value in whole.items():
+        matrix = name.startswith(("network.", "text.")) and value.ndim in (2, 3)
+        packed |= pack(name, value) if matrix else {name: value}
+    small = tmp_path / "small.safetensors"
+    save_file(packed, small, meta)
+    assert small.stat().st_size < 0.85 * final.stat().st_size
+    loaded = load(small).model.network.state_dict()
+    raw["latents"]["denoiser"] = str(small)
+    for name, value in start(raw).items():
+        assert torch.equal(value, loaded[name])
+        torch.testing.assert_close(value, whole[f"network.{name}"].float(), atol=0.005, rtol=0)
+    assert not torch.equal(loaded["words.weight"], whole["network.words.weight"].float())
+
+    del packed["network.blocks.0.experts.wide"], packed["network.blocks.0.experts.wide_scale"]
+    save_file(packed, small, meta)
+    with pytest.raises(BadCheckpoint, match=r"small.safetensors.*blocks.0.experts.wide"):  # some of them are no start
+        start(raw)
 
 
 def test_latents_keep_the_shapes_of_their_pictures(

@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from sfumato.checkpoints.eight_bits import unpack
 from sfumato.checkpoints.tensors import load_into
 from sfumato.config import from_dict
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
@@ -179,7 +180,7 @@ def build_native(path: Path, tensors: Mapping[str, Tensor], metadata: str) -> tu
     except Exception as e:  # the tokenizer library raises bare Exceptions
         raise BadCheckpoint(f"{path}: its configuration cannot be read ({e})") from None
     try:
-        load_into(native, tensors)
+        load_into(native, unpack(tensors))
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{path}: {e}") from None
     native = native.float().eval().requires_grad_(False)

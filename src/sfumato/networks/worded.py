@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sfumato.networks.blocks import RMSNorm, TimeEmbedding, dot_product_attention, of_vectors, split_heads, zero
 from sfumato.networks.dit import Patches, position_sinusoids
+from sfumato.networks.experts import Experts
 from sfumato.networks.modulated import modulated, unpatch
 
 
@@ -31,6 +32,8 @@ class WordedConfig:
         word_heads: heads of the cross-attention, as wide as those of the self-attention; fewer make it cheaper.
         context_dim: width E of the words.
         clock_scale: brings the clock to about 0…1000.
+        experts: small perceptrons beside each block's feed-forward layer, of hidden width ``expert_dim``, of which a
+            patch gets ``expert_share`` on average.
     """
 
     in_channels: int = 16
@@ -42,8 +45,16 @@ class WordedConfig:
     word_heads: int = 2
     context_dim: int = 256
     clock_scale: float = 1000.0
+    experts: int = 0
+    expert_dim: int = 416
+    expert_share: float = 2.0
 
     def __post_init__(self) -> None:
+        if self.experts < 0 or (self.experts and not (self.expert_dim > 0 and 0 < self.expert_share <= self.experts)):
+            raise ValueError(
+                f"{self.experts} experts of width {self.expert_dim}, {self.expert_share} for each patch: there must be "
+                "none or more, their width positive, their share above 0 and at most their number"
+            )
         if self.dim % self.heads or self.dim % 4:
             raise ValueError(f"width {self.dim} is not a multiple of 4 and of {self.heads} heads")
 
@@ -90,6 +101,8 @@ class WordedBlock(nn.Module):
         self.cross_attention = WordedAttention(dim, config.word_heads, head_dim, dim)
         self.wide = nn.Linear(dim, 4 * dim)
         self.narrow = zero(nn.Linear(4 * dim, dim))
+        few = (config.experts, config.expert_dim, config.expert_share)
+        self.experts = Experts(dim, *few) if config.experts else None
         with torch.no_grad():
             self.table[2::3] = 1.0  # gates start open: the branches themselves start at zero
 
@@ -98,8 +111,9 @@ class WordedBlock(nn.Module):
         shift, scale, gate, shift_ff, scale_ff, gate_ff = (modulation + self.table)[:, :, None].unbind(1)  # (B, 1, D)
         x = x + gate * self.attention(modulated(x, shift, scale))
         x = x + self.cross_attention(self.norm(x), context, mask)
-        y = F.gelu(self.wide(modulated(x, shift_ff, scale_ff)), approximate="tanh")
-        return x + gate_ff * self.narrow(y)
+        told = modulated(x, shift_ff, scale_ff)
+        y = self.narrow(F.gelu(self.wide(told), approximate="tanh"))
+        return x + gate_ff * (y if self.experts is None else y + self.experts(told))
 
 
 class WordedTransformer(nn.Module):

@@ -99,8 +99,8 @@ def _check(config: OptimizerConfig) -> None:
     must("clip", config.clip > 0, "be positive (.inf: no clipping)")
 
 
-# Matrices next to the input, the output or an embedding, which Muon is not for.
-EDGES = ("conv_in", "conv_out", "patches.", "modulation.", "final.", ".time.", ".pooled.", "projector.2")
+# Matrices next to the input, the output or an embedding, which Muon is not for, and stacks of several.
+EDGES = ("conv_in", "conv_out", "patches.", "modulation.", "final.", ".time.", ".pooled.", "projector.2", ".experts.")
 
 
 def _is_table(name: str) -> bool:

@@ -36,7 +36,7 @@ class LatentRecipe:
         autoencoder: file of a trained autoencoder; given, ``model.autoencoder`` is its shape.
         text: file that holds a trained text tower of ``model.text``'s shape; left out, it is trained from nothing.
         freeze_text: whether that tower stays as it is.
-        denoiser: file of a model whose denoiser is the warm start.
+        denoiser: file of a model whose denoiser is the warm start; experts that it lacks start at zero.
         preview: file of a trained ``task: decoder``; given, ``model.preview`` is its shape.
         align: weight of the alignment of the states after layer ``align_layer`` with a pretrained network's features
             of the clean picture (REPA, 2410.06940), up to the share ``align_until`` of the run (HASTE, 2505.16792).

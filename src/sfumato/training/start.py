@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.checkpoints.eight_bits import unpack
 from sfumato.checkpoints.tensors import load_into, read_tensors
 from sfumato.data.latents import encoded
 from sfumato.data.pictures import Pictures
@@ -33,9 +34,9 @@ def start_text(recipe: Recipe, native: Native, root: Path) -> None:
 
 
 def start_denoiser(recipe: Recipe, native: Native, root: Path) -> None:
-    """Pour the recipe's warm start into the denoiser."""
+    """Pour the recipe's warm start into the denoiser; experts that it lacks start as they are, at zero."""
     if recipe.latents.denoiser:
-        pour(native.network, root / recipe.latents.denoiser, "network.")
+        pour(native.network, root / recipe.latents.denoiser, "network.", new=".experts.")
 
 
 def start_preview(recipe: Recipe, root: Path) -> PreviewDecoder | None:
@@ -57,12 +58,19 @@ def start_autoencoder(recipe: Recipe, network: CompactAutoencoder, root: Path) -
         pour(network, root / recipe.autoencoder.start, "")
 
 
-def pour(module: nn.Module, path: Path, prefix: str) -> None:
-    """Load what a file holds under a prefix; BadCheckpoint if there is nothing, or it does not fit."""
-    tensors = {k.removeprefix(prefix): v.float() for k, v in read_tensors(path).items() if k.startswith(prefix)}
-    if not tensors:
+def pour(module: nn.Module, path: Path, prefix: str, new: str | None = None) -> None:
+    """Load what a file holds under a prefix; BadCheckpoint if there is nothing, or it does not fit.
+
+    Args:
+        new: part of the names of those weights that the file may do without, all of them together.
+    """
+    stored = {k.removeprefix(prefix): v for k, v in read_tensors(path).items() if k.startswith(prefix)}
+    if not stored:
         raise BadCheckpoint(f"{path}: holds nothing under {prefix}")
     try:
+        tensors = {k: v.float() for k, v in unpack(stored).items()}
+        if new is not None and not any(new in k for k in tensors):
+            tensors |= {k: v for k, v in module.state_dict().items() if new in k}
         load_into(module, tensors)
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{path}: {e}") from None
