@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
+import platform
 import pty
 import select
 import signal
@@ -493,6 +495,7 @@ sfumato.cli.COMMANDS["swallow"] = ("swallowing", "")
 sfumato.cli.AGAIN = 0.1
 sys.exit(sfumato.cli.main(["swallow"]))
 """
+WRITE = {"x86_64": 1, "aarch64": 64}.get(platform.machine(), 1)  # write(2)'s number
 BODIES = {  # what a library may do to the exception that a signal raises
     "drops it": "try: sleep()\n    except BaseException: pass\n    sleep()",
     "drops it many times": "for _ in range(3):\n        try: sleep()\n        except BaseException: pass\n    sleep()",
@@ -526,6 +529,32 @@ def test_a_signal_is_never_lost(number: int, code: int, what: str) -> None:
     assert process.returncode == code
     assert err == f"sfumato: {'interrupted' if code == 130 else 'terminated'}\n"
     assert ("cleaned" in out) == (what == "cleans up slowly")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the size of a pipe can be set on Linux alone")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_an_error_is_being_told_adds_no_words(number: int) -> None:
+    """As when a launcher ends the ranks that are just saying why they end."""
+    library = "import os\ndef main(argv):\n    os.write(1, b'here')\n    raise ValueError('odd')"
+    reader, writer = os.pipe()
+    full = os.write(writer, bytes(fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)))  # who writes more must wait
+    argv = [sys.executable, "-c", SWALLOWING, library]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=writer, env=environment(), preexec_fn=heed_signals
+    ) as process:
+        os.close(writer)
+        assert process.stdout is not None
+        assert process.stdout.read(4) == b"here"
+        waiting = Path(f"/proc/{process.pid}/syscall")
+        end = time.monotonic() + 60
+        while not waiting.read_text().startswith(f"{WRITE} 0x2 "):
+            assert time.monotonic() < end, "it never waited for its reader"
+            time.sleep(0.01)
+        process.send_signal(number)
+        with os.fdopen(reader, "rb") as pipe:
+            said = pipe.read()[full:]
+        assert process.wait(timeout=60) == -number
+    assert said in (b"", b"sfumato: unexpected ValueError: odd (--debug shows where)\n")
 
 
 def test_a_signal_that_the_caller_ignored_stays_ignored() -> None:

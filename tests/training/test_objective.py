@@ -6,9 +6,10 @@ import torch
 from scipy import stats
 
 from sfumato.diffusion import PARAMETERIZATIONS, SCHEDULES
+from sfumato.diffusion.schedules import from_betas
 from sfumato.errors import BadData
 from sfumato.training.draws import draws
-from sfumato.training.objective import DenoisingObjective, loss_by_level
+from sfumato.training.objective import DenoisingObjective, loss_by_level, times_at
 from sfumato.training.recipe import ObjectiveConfig
 
 PLACES = range(64)
@@ -30,8 +31,7 @@ def test_a_network_that_knows_the_answer_has_no_loss(schedule, parameterization)
         assert x.shape == x0.shape
         assert clock.shape == (64,)
         seen.append(clock)
-        t = task.schedule.t_min + u * (task.schedule.t_max - task.schedule.t_min)
-        level = task.schedule((t.round() if task.schedule.steps else t).float()[:, None, None, None])
+        level = task.schedule(times_at(task.schedule, u).float()[:, None, None, None])
         return task.parameterization.target(x0, eps, level)
 
     losses = task(network, x0, u, eps)
@@ -88,7 +88,7 @@ def test_min_snr_weights_the_same_error_alike_in_every_parameterization(paramete
     u = u.clamp(max=0.95).double()
     x0 = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     error = 0.1
-    t = (u * 999).round()[:, None, None, None]
+    t = (u * 1000).floor()[:, None, None, None]
     level = task.schedule(t)
 
     def network(x, clock):
@@ -113,6 +113,38 @@ def test_times_follow_their_distribution():
         task = DenoisingObjective(SCHEDULES["flow"](), PARAMETERIZATIONS["flow"], config)
         place = task(lambda x, c: x, torch.zeros(4000, 1, 1, 1), u, torch.zeros(4000, 1, 1, 1)).place
         assert stats.kstest(place.numpy(), cdf).pvalue > 0.01
+
+
+def test_discrete_times_are_drawn_equally_often_and_continuous_ones_reach_both_ends():
+    """DDPM, algorithm 1: t ~ uniform({1, …, T}), no index rarer than another."""
+    schedule = from_betas(np.linspace(0.01, 0.2, 10))
+    place = (torch.arange(1000) + 0.5) / 1000
+    assert torch.equal(times_at(schedule, place).long().bincount(), torch.full((10,), 100))
+    ends = torch.tensor([0.0, 1.0])
+    assert times_at(schedule, ends).tolist() == [0, 9]
+    flow = SCHEDULES["flow"]()
+    assert times_at(flow, ends).tolist() == pytest.approx([flow.t_min, flow.t_max])
+
+
+@pytest.mark.parametrize(("parameterization", "weight"), [("eps", "min-snr"), ("edm", "none")])
+def test_a_loss_that_pure_noise_makes_infinite_is_refused_before_the_run(parameterization, weight):
+    config = ObjectiveConfig(weight=weight)
+    build = lambda zero, p: DenoisingObjective(SCHEDULES["linear"](zero_snr=zero), PARAMETERIZATIONS[p], config)  # noqa: E731
+    with pytest.raises(BadData, match=f"{parameterization} with weight {weight} has no finite loss"):
+        build(True, parameterization)
+    build(False, parameterization)
+    u, eps = torch.tensor([0.999999, 1.0]), torch.ones(2, 1, 2, 2)
+    assert build(True, "v")(lambda x, c: x, torch.ones(2, 1, 2, 2), u, eps).loss.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["deviation", "gamma", "mean"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0])
+def test_numbers_that_draw_or_weigh_nothing_are_refused(name, value):
+    if name == "mean" and np.isfinite(value):
+        objective(mean=value)
+        return
+    with pytest.raises(BadData, match=f"objective: {name} must be a number"):
+        objective(**{name: value})
 
 
 def test_a_places_numbers_do_not_depend_on_its_batch():

@@ -11,7 +11,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, NoReturn
@@ -45,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a prompt's letters never stop a terminal that lacks them
             stream.reconfigure(errors="backslashreplace")
-    with _stoppable() as received:
+    with _stoppable() as (received, settle):
         try:
             code = _run(argv)
             sys.stdout.flush()
             return code
         except BaseException as e:
+            settle()
             if received:  # whatever became of it on its way here
                 return _fail(*STOPPED[received[0]])
             if debug and isinstance(e, Exception) and not isinstance(e, BrokenPipeError):
@@ -135,13 +136,15 @@ class _Terminated(BaseException):
 
 
 @contextmanager
-def _stoppable() -> Iterator[list[int]]:
+def _stoppable() -> Iterator[tuple[list[int], Callable[[], None]]]:
     """Turn SIGINT and SIGTERM into exceptions, so that temporary files and the terminal are cleaned up.
 
-    Yields the signals that arrived. An exception that lands in a callback, or in an import that tries something else
-    then, is lost: it is raised again until it gets through. A signal that the caller had ignored stays so.
+    Yields the signals that arrived, and what to call when all is cleaned up: from then on they end the process without
+    more words. An exception that lands in a callback, or in an import that tries something else then, is lost: it is
+    raised again until it gets through. A signal that the caller had ignored stays so.
     """
     received: list[int] = []
+    ours: list[int] = []
     kinds: dict[int, type[BaseException]] = {signal.SIGINT: _Interrupted, signal.SIGTERM: _Terminated}
 
     def stop(number: int, _: object) -> NoReturn:
@@ -158,6 +161,10 @@ def _stoppable() -> Iterator[list[int]]:
             error = error.__context__
         raise kinds[received[0]]
 
+    def settle() -> None:
+        for number in ours:
+            signal.signal(number, signal.SIG_IGN if number == getattr(signal, "SIGALRM", None) else signal.SIG_DFL)
+
     handlers: dict[int, Any] = dict.fromkeys(kinds, stop)
     if hasattr(signal, "setitimer"):
         handlers[signal.SIGALRM] = again
@@ -166,11 +173,12 @@ def _stoppable() -> Iterator[list[int]]:
         for number, handler in handlers.items():
             if before[number] != signal.SIG_IGN:
                 signal.signal(number, handler)
+                ours.append(number)
     except ValueError:  # not in the main thread
-        yield received
+        yield received, settle
         return
     try:
-        yield received
+        yield received, settle
     finally:
         if received and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)

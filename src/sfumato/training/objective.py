@@ -73,7 +73,9 @@ class DenoisingObjective:
                 raise BadData(
                     f"objective: no {kind} named {name!r}{nearest(name, list(table))}; there are {list(table)}"
                 )
+        _check(config)
         self.schedule, self.parameterization, self.config = schedule, parameterization, config
+        self._check_noisiest()
 
     def __call__(
         self,
@@ -92,11 +94,7 @@ class DenoisingObjective:
             beside: what is added to the loss: (predicted x0, place in the schedule's range (B,)) → (B,).
         """
         place = TIMES[self.config.times](self.config, u)  # (B,) in [0, 1]
-        t_min, t_max = self.schedule.t_min, self.schedule.t_max
-        t = t_min + place * (t_max - t_min)
-        if self.schedule.steps is not None:
-            t = t.round()
-        level = self.schedule(t.to(x0)[:, None, None, None])  # fields (B, 1, 1, 1)
+        level = self.schedule(times_at(self.schedule, place).to(x0)[:, None, None, None])  # fields (B, 1, 1, 1)
         p = self.parameterization
         clock = _flat(p.clock(level), len(x0), x0)
         x = q_sample(x0, eps, level)
@@ -105,6 +103,35 @@ class DenoisingObjective:
         loss = (WEIGHTS[self.config.weight](self.config, p, level) * error).mean(dim=(1, 2, 3))
         whole = loss if beside is None else loss + beside(p(x, level, out).x0, place)
         return Losses(whole, place, error=loss)
+
+    def _check_noisiest(self) -> None:
+        """Raise BadData where the loss has no number at the noisiest of discrete levels; continuous ones miss it."""
+        if self.schedule.steps is None:
+            return
+        p, x0 = self.parameterization, torch.ones(1, 1, 1, 1)
+        level = self.schedule(torch.full_like(x0, self.schedule.t_max))
+        told = torch.as_tensor(p.clock(level), dtype=torch.float32)
+        weight = torch.as_tensor(WEIGHTS[self.config.weight](self.config, p, level), dtype=torch.float32)
+        if not (told.isfinite().all() and weight.isfinite().all()):
+            raise BadData(
+                f"objective: {p.name} with weight {self.config.weight} has no finite loss at this schedule's noisiest "
+                "level (alpha = 0): take v, flow or x0, or a schedule without zero terminal SNR"
+            )
+
+
+def times_at(schedule: Schedule, place: Tensor) -> Tensor:
+    """Times (B,) at shares of a schedule's range (B,) in [0, 1]; discrete ones have equal parts of it."""
+    if schedule.steps is None:
+        return schedule.t_min + place * (schedule.t_max - schedule.t_min)
+    return schedule.t_min + (place * schedule.steps).floor().clamp(max=schedule.steps - 1)
+
+
+def _check(config: ObjectiveConfig) -> None:
+    for name in ("deviation", "gamma"):
+        if not 0 < getattr(config, name) < math.inf:  # NaN is neither
+            raise BadData(f"objective: {name} must be a number above 0, not {getattr(config, name)!r}")
+    if not math.isfinite(config.mean):
+        raise BadData(f"objective: mean must be a number, not {config.mean!r}")
 
 
 def _flat(clock: Any, n: int, like: Tensor) -> Tensor:
