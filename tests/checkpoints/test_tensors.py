@@ -15,7 +15,7 @@ from hostile import HOSTILE, packed
 from safetensors.torch import save_file
 
 from sfumato.checkpoints.formats import weights
-from sfumato.checkpoints.tensors import MAX_HEADER, load_into, non_finite, read_header, read_tensors
+from sfumato.checkpoints.tensors import MAX_HEADER, load_into, non_finite, read_header, read_tensors, to_half
 from sfumato.errors import BadCheckpoint
 
 
@@ -126,6 +126,19 @@ def test_nan_weights_are_found_by_name() -> None:
 
 def network() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+
+
+def test_half_keeps_numbers_that_it_cannot_hold() -> None:
+    tensors = {
+        "large": torch.tensor([1e5, -3.0]),
+        "edge": torch.tensor([[65504.0, -1 / 3]]).T,
+        "none": torch.zeros(0, 2),
+    }
+    kept = to_half(tensors)
+    assert [kept[k].dtype for k in tensors] == [torch.float32, torch.float16, torch.float16]
+    assert kept["large"].tolist() == [1e5, -3.0]
+    assert kept["edge"].flatten().tolist() == [65504.0, float(torch.tensor(-1 / 3).half())]
+    assert all(t.is_contiguous() for t in kept.values())
 
 
 def test_load_into_copies_all_or_nothing() -> None:

@@ -156,6 +156,15 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [k for k, t in numbers.items() if not torch.isfinite(wide(t)).all()]
 
 
+def to_half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as files of our own hold them: contiguous fp16, or float32 where a number is too large for it."""
+
+    def half(t: Tensor) -> Tensor:
+        return t.half() if not t.numel() or float(t.abs().max()) <= 65504 else t.float()
+
+    return {k: half(t).contiguous() for k, t in tensors.items()}
+
+
 def load_into(
     module: nn.Module,
     tensors: Mapping[str, Tensor],

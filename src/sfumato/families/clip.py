@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from sfumato.checkpoints.tensors import load_into, read_header, read_tensors
+from sfumato.checkpoints.tensors import load_into, read_header, read_tensors, to_half
 from sfumato.config import from_dict, to_dict
 from sfumato.errors import BadCheckpoint, SfumatoError
 from sfumato.files import sha256
@@ -126,7 +126,7 @@ def clip_tensors(towers: Mapping[str, Tensor], trunk: EfficientNetLite0) -> dict
     """Return the tensors of a file, fp16: the towers' under their own names, the trunk's under ``trunk.``."""
     counts = "num_batches_tracked"  # of batch normalization's training
     both = {**towers, **{f"trunk.{k}": v for k, v in trunk.state_dict().items() if not k.endswith(counts)}}
-    return {k: v.half().contiguous() for k, v in both.items()}
+    return to_half(both)
 
 
 def clip_metadata(config: TwoTowersConfig, tokenizer: Tokenizer, card: Mapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sfumato.checkpoints.tensors import to_half
 from sfumato.config import to_dict
 from sfumato.data.pictures import Pictures
 from sfumato.families.autoencoder import FORMAT
@@ -105,9 +106,8 @@ class AutoencoderTask:
         """Write the autoencoder alone, fp16, its latents' mean and deviation measured on the training pictures."""
         network = self._averaged(weights)
         measure_latents(network, self.pictures)
-        tensors = {k: v.half().contiguous() for k, v in network.state_dict().items()}
         meta = {"config": to_dict(network.config), "card": {"name": self.recipe.name, **self.recipe.card}}
-        write_atomically(path, save(tensors, {FORMAT: json.dumps(meta)}))
+        write_atomically(path, save(to_half(network.state_dict()), {FORMAT: json.dumps(meta)}))
 
     @torch.no_grad()
     def grid(self, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sfumato.checkpoints.tensors import to_half
 from sfumato.config import to_dict
 from sfumato.data.latents import Latents
 from sfumato.families.autoencoder import FORMAT, PREVIEW_FORMAT
@@ -100,8 +101,7 @@ class DecoderTask:
         else:
             form, config = PREVIEW_FORMAT, small
         meta = {"config": to_dict(config), "card": {"name": self.recipe.name, **self.recipe.card}}
-        tensors = {k: v.half().contiguous() for k, v in weights.items()}
-        write_atomically(path, save(tensors, {form: json.dumps(meta)}))
+        write_atomically(path, save(to_half(weights), {form: json.dumps(meta)}))
 
     @torch.no_grad()
     def grid(self, weights: Mapping[str, Tensor], path: Path) -> None:

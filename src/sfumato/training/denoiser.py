@@ -20,6 +20,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from sfumato.checkpoints.tensors import to_half
 from sfumato.data.encoded_captions import EncodedCaptions
 from sfumato.data.latents import Latents
 from sfumato.data.pictures import Batch, Row
@@ -211,12 +212,12 @@ class DenoiserTask:
 
     def export(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write a model file: fp16 weights, and metadata that say how to build it."""
-        tensors = {k: v.half().contiguous() for k, v in self._own(weights).items()}
+        tensors = self._own(weights)
         for name, decoder in (("autoencoder", self.autoencoder), ("preview", self.preview)):
             if decoder is not None:
-                tensors |= {f"{name}.{k}": v.half().contiguous() for k, v in decoder.state_dict().items()}
+                tensors |= {f"{name}.{k}": v for k, v in decoder.state_dict().items()}
         meta = metadata(self.recipe.model, self.module.text.tokenizer, {"name": self.recipe.name, **self.recipe.card})
-        write_atomically(path, save(tensors, meta))
+        write_atomically(path, save(to_half(tensors), meta))
 
     def grid(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Draw the recipe's prompts with the averaged weights, one row of four seeds each."""
