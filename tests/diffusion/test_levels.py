@@ -141,3 +141,15 @@ def test_one_batch_may_hold_many_levels():
         assert torch.allclose(x[i], float(alpha[i]) * x0[i] + float(sigma[i]) * eps[i])
     got = PARAMETERIZATIONS["v"](x, NoiseLevel(0, alpha, sigma), alpha * eps - sigma * x0)
     assert torch.allclose(got.x0, x0, atol=1e-5)
+
+
+@given(level=levels(), other=levels(), x0=finite, eps=finite)
+def test_two_points_of_a_line_tell_its_data_and_noise(level, other, x0, eps):
+    det = level.alpha * other.sigma - other.alpha * level.sigma
+    assume(abs(det) > 1e-3)
+    true = Prediction(x0, eps)
+    found = Prediction.through(true.at(level), level, true.at(other), other)
+    assert found == pytest.approx(true, abs=1e-6)
+    clean = NoiseLevel(0.0, 1.0, 0.0)
+    assume(level.sigma > 1e-3)
+    assert Prediction.through(true.at(level), level, x0, clean) == pytest.approx(true, abs=1e-6)

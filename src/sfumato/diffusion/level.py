@@ -87,6 +87,15 @@ class Prediction(NamedTuple):
             raise BadRequest(NO_PICTURE)
         return cls((x - level.sigma * eps) / level.alpha, eps)
 
+    @classmethod
+    def through(cls, x: Any, level: NoiseLevel, y: Any, other: NoiseLevel) -> Prediction:
+        """The data and noise that mix to x at one level and to y at another: what a single step from x to y predicts.
+
+        Their ratios σ/α must differ; the levels' fields may be arrays.
+        """
+        det = level.alpha * other.sigma - other.alpha * level.sigma
+        return cls((other.sigma * x - level.sigma * y) / det, (level.alpha * y - other.alpha * x) / det)
+
     def at(self, level: NoiseLevel) -> Any:
         """Mix the two parts at a noise level: α·x0 + σ·eps."""
         if _is_zero(level.sigma):

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sfumato.checkpoints.eight_bits import unpack
-from sfumato.checkpoints.tensors import load_into
+from sfumato.checkpoints.tensors import load_into, read_header, read_tensors
 from sfumato.config import from_dict
 from sfumato.diffusion.parameterizations import PARAMETERIZATIONS, Parameterization
 from sfumato.diffusion.schedules import SCHEDULES, Schedule
@@ -169,6 +169,14 @@ def load_native(path: Path, name: str, tensors: Mapping[str, Tensor], metadata: 
         defaults=config.defaults,
         card=card,
     )
+
+
+def read_native(path: Path) -> Native:
+    """Build the networks of a file of ours, in float32 and frozen; BadCheckpoint if it is none."""
+    metadata = read_header(path).metadata
+    if FORMAT not in metadata:
+        raise BadCheckpoint(f"{path}: not what this project trains by task: denoiser")
+    return build_native(path, read_tensors(path), metadata[FORMAT])[0]
 
 
 def build_native(path: Path, tensors: Mapping[str, Tensor], metadata: str) -> tuple[Native, dict[str, str]]:

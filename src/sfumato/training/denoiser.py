@@ -114,6 +114,7 @@ class DenoiserTask:
         pictures: what is denoised: pictures, or their latents.
         autoencoder, preview: of the latents, to be written into the model's file.
         features: (index of the picture → (N, F)) what states are aligned with, where the recipe asks for it.
+        tokenizer: of a text tower that is there; left out, the recipe's is built, or learned from the captions.
 
     ``words`` may be set to the captions as the text tower, then frozen, encodes them.
     """
@@ -129,6 +130,7 @@ class DenoiserTask:
         autoencoder: CompactAutoencoder | None = None,
         preview: PreviewDecoder | None = None,
         features: Tensor | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         self.recipe, self.pictures, self.features = recipe, pictures, features
         self.autoencoder, self.preview = autoencoder, preview
@@ -136,12 +138,7 @@ class DenoiserTask:
         if recipe.latents.perceptual:
             assert autoencoder is not None
             self.perceptual = Perceptual(autoencoder, recipe.latents.perceptual_net, recipe.latents.perceptual_until)
-        if recipe.model.text.tokenizer == "learned":
-            vocabulary, path = recipe.model.text.vocabulary, run / "tokenizer.json"
-            world.together(lambda: _learn_tokenizer(pictures, vocabulary, path) if world.main else None)
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            tokenizer = build_tokenizer(recipe.model.text, None)
+        tokenizer = tokenizer or _tokenizer(recipe, pictures, run, world)
         torch.manual_seed(recipe.seed)
         config = recipe.model
         if features is None:
@@ -177,7 +174,7 @@ class DenoiserTask:
             return words
         width = words["mask"].shape[1]  # few widths, so that few are compiled
         spare = min(-width % COMPILED_WIDTH, self.recipe.model.text.max_tokens - width)
-        return words | {k: _filled(words[k], spare) for k in words.keys() - {"pooled"}}
+        return words | {k: filled(words[k], spare) for k in words.keys() - {"pooled"}}
 
     def fingerprint(self) -> str:
         """SHA-256 of the pictures and their columns, and of their captions' states where these are known."""
@@ -233,9 +230,18 @@ class DenoiserTask:
         return {k: v for k, v in weights.items() if not k.startswith("projector.")}
 
 
-def _filled(v: Tensor, spare: int) -> Tensor:
+def filled(v: Tensor, spare: int) -> Tensor:
     """Lengthen (B, M, …) by columns that the mask leaves out."""
     return torch.cat([v, v.new_zeros(len(v), spare, *v.shape[2:])], 1)
+
+
+def _tokenizer(recipe: Recipe, pictures: Source, run: Path, world: World) -> Tokenizer:
+    text = recipe.model.text
+    if text.tokenizer != "learned":
+        return build_tokenizer(text, None)
+    path = run / "tokenizer.json"
+    world.together(lambda: _learn_tokenizer(pictures, text.vocabulary, path) if world.main else None)
+    return Tokenizer.from_file(str(path))
 
 
 def _learn_tokenizer(pictures: Source, vocabulary: int, path: Path) -> None:

@@ -27,21 +27,21 @@ def draw_grid(
     path: Path,
     decode: Callable[[Tensor], Tensor] = lambda x: x,
     columns: int = 4,
-    steps: int = 20,
 ) -> None:
-    """Write a PNG with one row per prompt, its columns of different seeds, under classifier-free guidance.
+    """Write a PNG with one row per prompt, its columns of different seeds, as the model draws by default.
 
     Without prompts there is one row without words.
     """
     prompts = [p for p in prompts or [""] for _ in range(columns)]
     x = torch.randn((len(prompts), *native.config.shape), generator=torch.Generator().manual_seed(0))
-    levels = SPACINGS["trailing"](native.config.build_schedule(), steps)
-    write_sheet(decode(drawn(native, prompts, x, levels)), columns, path)
+    defaults = native.config.defaults
+    levels = SPACINGS[defaults.spacing](native.config.build_schedule(), defaults.steps)
+    write_sheet(decode(drawn(native, prompts, x, levels, defaults.sampler)), columns, path)
 
 
 @torch.no_grad()
-def drawn(native: Native, prompts: list[str], x: Tensor, levels: Levels) -> Tensor:
-    """Walk from x (B, C, h, w) along the levels by DPM-Solver++(2M), under the model's own guidance."""
+def drawn(native: Native, prompts: list[str], x: Tensor, levels: Levels, sampler: str = "dpmpp-2m") -> Tensor:
+    """Walk from x (B, C, h, w) along the levels under the model's own guidance."""
     native.eval()
     config, n = native.config, len(prompts)
     parameterization = config.build_parameterization()
@@ -55,7 +55,7 @@ def drawn(native: Native, prompts: list[str], x: Tensor, levels: Levels) -> Tens
         return wanted, plain
 
     pair = Pair(lambda x, level: both(x, level)[0], lambda x, level: both(x, level)[1], both)
-    for step in SAMPLERS["dpmpp-2m"](cfg(config.defaults.guidance)(pair), x, levels, torch.randn_like):
+    for step in SAMPLERS[sampler](cfg(config.defaults.guidance)(pair), x, levels, torch.randn_like):
         x = step.x
     return x
 

@@ -96,7 +96,7 @@ class DenoisingObjective:
         place = TIMES[self.config.times](self.config, u)  # (B,) in [0, 1]
         level = self.schedule(times_at(self.schedule, place).to(x0)[:, None, None, None])  # fields (B, 1, 1, 1)
         p = self.parameterization
-        clock = _flat(p.clock(level), len(x0), x0)
+        clock = flat(p.clock(level), len(x0), x0)
         x = q_sample(x0, eps, level)
         out = network(p.gain(level) * x, clock).float()
         error = (out - p.target(x0, eps, level)).pow(2)
@@ -134,7 +134,8 @@ def _check(config: ObjectiveConfig) -> None:
         raise BadData(f"objective: mean must be a number, not {config.mean!r}")
 
 
-def _flat(clock: Any, n: int, like: Tensor) -> Tensor:
+def flat(clock: Any, n: int, like: Tensor) -> Tensor:
+    """A clock, of one level or of each picture's, as the network takes it: float32 (n,)."""
     return torch.as_tensor(clock, dtype=torch.float32, device=like.device).reshape(-1).expand(n)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,29 @@ class DecoderRecipe:
 
 
 @dataclass(frozen=True)
+class DistillRecipe:
+    """What ``task: distill`` trains: a model that draws in few steps what its teacher draws in many.
+
+    Args:
+        teacher: file of a model of our own; read from the recipe's folder.
+        guidance: at which the teacher is followed; null: its own default. The student is called without.
+        steps: that the student takes; ``substeps``: how many of the teacher's each of them stands for.
+    """
+
+    teacher: str = ""
+    guidance: float | None = None
+    steps: int = 4
+    substeps: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "substeps"):
+            if getattr(self, name) < 1:
+                raise BadData(f"recipe: distill.{name} must be at least 1, not {getattr(self, name)}")
+        if self.guidance is not None and not 1 <= self.guidance < math.inf:
+            raise BadData(f"recipe: distill.guidance must be a number of at least 1, not {self.guidance}")
+
+
+@dataclass(frozen=True)
 class ClipRecipe:
     """What ``task: clip`` trains.
 
@@ -206,6 +230,7 @@ class Recipe:
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     clip: ClipRecipe = field(default_factory=ClipRecipe)
     decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
+    distill: DistillRecipe = field(default_factory=DistillRecipe)
     model: NativeConfig = field(default_factory=NativeConfig)
     latents: LatentRecipe = field(default_factory=LatentRecipe)
     data: DataConfig = field(default_factory=DataConfig)

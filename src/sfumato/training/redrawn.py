@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.tensors import read_header, read_tensors
 from sfumato.data.captions import write_caption
 from sfumato.data.kept import kept
 from sfumato.data.latents import Latents
 from sfumato.diffusion.level import q_sample
 from sfumato.diffusion.spacings import SPACINGS
-from sfumato.errors import BadCheckpoint, BadData
-from sfumato.families.native import FORMAT, Native, build_native
+from sfumato.errors import BadData
+from sfumato.families.native import Native, read_native
 from sfumato.networks.compact import CompactAutoencoder
 from sfumato.training.draws import draws
 from sfumato.training.grid import drawn
@@ -29,10 +28,7 @@ BATCH = 64  # pictures that start from the same level
 
 def load_latent_model(path: Path, autoencoder: CompactAutoencoder) -> Native:
     """Load a model of our own; BadCheckpoint if it is none, BadData if its latents are another autoencoder's."""
-    metadata = read_header(path).metadata
-    if FORMAT not in metadata:
-        raise BadCheckpoint(f"{path}: not what this project trains by task: denoiser")
-    native, _ = build_native(path, read_tensors(path), metadata[FORMAT])
+    native = read_native(path)
     theirs = {} if native.autoencoder is None else native.autoencoder.state_dict()
     ours = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("decoder.")}
     if not all(k in theirs and torch.equal(theirs[k], v) for k, v in ours.items()):

@@ -19,6 +19,7 @@ from sfumato.training.world import World
 if TYPE_CHECKING:
     from sfumato.data.latents import Latents
     from sfumato.networks.compact import CompactAutoencoder
+    from sfumato.training.denoiser import DenoiserTask
 
 # (side, channels, what sides must be multiples of, or 0: squares only) → the recipe's pictures
 Load = Callable[[int, int, int], Pictures]
@@ -34,7 +35,6 @@ def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -
 
 
 def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
-    from sfumato.data.encoded_captions import captions_of, encoded_captions
     from sfumato.training.denoiser import DenoiserTask
     from sfumato.training.start import align_features, start_denoiser, start_preview, start_text
 
@@ -51,9 +51,36 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
     start_text(recipe, task.module, root)
     start_denoiser(recipe, task.module, root)
     if recipe.latents.text and recipe.latents.freeze_text and recipe.data.variants:
-        text = task.module.text.eval()
-        key = f"{sha256(root / recipe.latents.text)}/{recipe.model.text}/{text.tokenizer.to_str()}"
-        task.words = encoded_captions(captions_of(latents.pictures), text.encode, key, run / "cache")
+        _read_captions(task, latents.pictures, root / recipe.latents.text, run)
+    return task
+
+
+def _read_captions(task: DenoiserTask, pictures: Pictures, origin: Path, run: Path) -> None:
+    """Have a frozen text tower, which came from a file, read every caption once."""
+    from sfumato.data.encoded_captions import captions_of, encoded_captions
+
+    text = task.module.text.eval()
+    key = f"{sha256(origin)}/{task.recipe.model.text}/{text.tokenizer.to_str()}"
+    task.words = encoded_captions(captions_of(pictures), text.encode, key, run / "cache")
+
+
+def _distill(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.data.latents import Latents, encoded_in_shapes
+    from sfumato.families.native import read_native
+    from sfumato.training.distillation import DistillTask
+
+    if not recipe.distill.teacher:
+        raise BadData("recipe: task: distill needs distill.teacher, a trained model")
+    path = root / recipe.distill.teacher
+    teacher = read_native(path)
+    model, vae = teacher.config, teacher.autoencoder
+    pictures = load(model.size, model.denoiser.in_channels if vae is None else 3, model.multiple)
+    source = pictures
+    if vae is not None:
+        source = Latents(pictures, encoded_in_shapes(pictures, vae.encode, sha256(path), run / "cache"))
+    task = DistillTask(recipe, source, run, teacher, world)
+    if recipe.data.variants:
+        _read_captions(task, pictures, path, run)
     return task
 
 
@@ -119,6 +146,7 @@ TASKS: dict[str, Callable[[Recipe, Load, Path, Path, World], Task]] = {
     "autoencoder": _autoencoder,
     "clip": _clip,
     "decoder": _decoder,
+    "distill": _distill,
 }
 
 

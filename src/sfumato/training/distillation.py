@@ -1,0 +1,91 @@
+"""The task of teaching a model of our own to draw in few steps, and without calls for guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.guidance import Pair, cfg
+from sfumato.diffusion.level import NoiseLevel, Prediction
+from sfumato.errors import BadData
+from sfumato.families.native import Native, NativeConfig
+from sfumato.training.consistency import ConsistencyObjective
+from sfumato.training.denoiser import DenoiserTask, Prepared, Source, filled
+from sfumato.training.objective import Losses, flat
+from sfumato.training.recipe import LatentRecipe, Recipe
+from sfumato.training.world import World
+
+
+class DistillTask(DenoiserTask):
+    """Words and pictures in, the student's losses out; it starts as its teacher, and keeps its text tower.
+
+    Args:
+        recipe: its ``model`` is the teacher's, or left out.
+        pictures: what the teacher was trained on, or alike: pictures, or their latents by the teacher's autoencoder.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        pictures: Source,
+        run: Path,
+        teacher: Native,
+        world: World = World(),  # noqa: B008
+    ):
+        config, own = recipe.distill, teacher.config
+        if replace(recipe.model, defaults=own.defaults) not in (own, replace(NativeConfig(), defaults=own.defaults)):
+            raise BadData("recipe: task: distill takes its model from distill.teacher: leave model out")
+        if recipe.latents != LatentRecipe():
+            raise BadData("recipe: task: distill takes its latents from distill.teacher: leave latents out")
+        guidance = own.defaults.guidance if config.guidance is None else config.guidance
+        # The student draws as it was taught: straight from one end of a segment to the other, nothing added.
+        drawn = replace(own.defaults, sampler="ddim", spacing="trailing", steps=config.steps, guidance=1.0)
+        recipe = replace(recipe, model=replace(own, defaults=drawn))
+        super().__init__(
+            recipe, pictures, run, world, teacher.autoencoder, teacher.preview, tokenizer=teacher.text.tokenizer
+        )
+        self.module.network.load_state_dict(teacher.network.state_dict())
+        self.module.text.load_state_dict(teacher.text.state_dict())
+        self.module.text.requires_grad_(False).eval()
+        self.network = teacher.network
+        self.teacher = torch.compile(self.network) if recipe.compile else self.network
+        self.plain = teacher.text.encode([""])
+        self.guide = cfg(guidance)
+        schedule, parameterization = own.build_schedule(), own.build_parameterization()
+        self.consistency = ConsistencyObjective(schedule, parameterization, config.steps, config.substeps)
+
+    def losses(self, module: Callable[..., Any], batch: Prepared) -> Losses:
+        """Return the losses of one micro-batch."""
+        device = next(self.module.parameters()).device
+        x0, u, eps = (v.to(device) for v in (batch.x0, batch.u, batch.eps))
+        x0, eps = (v.contiguous(memory_format=torch.channels_last) for v in (x0, eps))
+        with torch.no_grad():
+            words = self.module.states({k: v.to(device) for k, v in batch.words.items()})
+        teacher = self.guide(self._pair(words, device))
+        return self.consistency(lambda x, clock: module(x, clock, words), teacher, x0, u, eps)
+
+    def _pair(self, words: Mapping[str, Tensor], device: torch.device) -> Pair:
+        """The teacher with the words and without."""
+        n, width = words["context"].shape[:2]
+        plain = {k: v.to(device).expand(n, *v.shape[1:]) for k, v in self.plain.items()}
+        spare = width - plain["context"].shape[1]
+        plain |= {k: filled(plain[k], spare) for k in ("context", "mask")}
+        both = {k: torch.cat([words[k], plain[k]]) for k in words}
+        self.network.to(device)
+        p, network = self.consistency.parameterization, self.teacher
+
+        def strong(x: Tensor, level: NoiseLevel) -> Prediction:
+            return p(x, level, network(p.gain(level) * x, flat(p.clock(level), n, x), **words).float())
+
+        def together(x: Tensor, level: NoiseLevel) -> tuple[Prediction, Prediction]:
+            clock = flat(p.clock(level), n, x)
+            out = network(torch.cat([p.gain(level) * x] * 2), torch.cat([clock, clock]), **both).float()
+            wanted, unguided = (p(x, level, half) for half in out.chunk(2))
+            return wanted, unguided
+
+        return Pair(strong, lambda x, level: together(x, level)[1], together)
