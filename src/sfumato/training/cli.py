@@ -76,7 +76,7 @@ def _train(recipe: Recipe, root: Path, run: Path, world: World) -> Path:
     task = build_task(recipe, root, run, world, progress)
     parameters = sum(p.numel() for p in task.module.parameters())
     progress.note(f"{parameters / 1e6:.2f} million parameters; run in {run}")
-    watch = world.together(lambda: _watch(recipe, root, progress) if world.main else None)
+    watch = world.together(lambda: _watch(task.recipe, root, progress) if world.main else None)
     return train(task, recipe, run, progress, world, watch)
 
 

@@ -45,6 +45,11 @@ class Task(Protocol):
     """What is trained: a module, how to fetch a micro-batch, its losses, and what to make of averaged weights."""
 
     @property
+    def recipe(self) -> Recipe:
+        """The recipe with all that the task found out, such as the model that it takes from a file."""
+        ...
+
+    @property
     def module(self) -> nn.Module:
         """The module whose parameters are learned."""
         ...

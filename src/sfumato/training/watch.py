@@ -36,7 +36,7 @@ class Watch:
     """
 
     def __init__(self, recipe: Recipe, root: Path, note: Callable[[str], None]):
-        if recipe.task != "denoiser":
+        if recipe.task not in ("denoiser", "distill"):
             raise BadData(f"a denoiser's pictures can be measured, not what task: {recipe.task} makes")
         data, n = recipe.data, recipe.evaluate_n
         if data.captions not in ("plain", "template"):
