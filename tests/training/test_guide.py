@@ -38,10 +38,11 @@ def test_every_setting_named_exists() -> None:
     assert {key for key in named if not exists(key)} == set()
 
 
-def test_its_recipe_and_those_it_names_can_be_read() -> None:
-    [block] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    recipe = build_recipe(yaml.safe_load(block), [], "the guide")
-    assert recipe.model.build_schedule() is not None
+def test_its_recipes_and_those_it_names_can_be_read() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    recipes = [build_recipe(yaml.safe_load(block), [], "the guide") for block in blocks]
+    assert [recipe.task for recipe in recipes] == ["denoiser", "distill"]
+    assert all(recipe.model.build_schedule() is not None for recipe in recipes)
     names = set(re.findall(r"recipes/[\w-]+\.yaml", PAGE))
     assert len(names) >= 5
     for name in names:
