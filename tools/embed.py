@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sfumato.checkpoints.eight_bits import pack, unpack
-from sfumato.checkpoints.tensors import read_header, read_tensors
+from sfumato.checkpoints.tensors import read_header, read_tensors, to_half
 from sfumato.config import from_dict, to_dict
 from sfumato.families.autoencoder import load_autoencoder, load_preview
 from sfumato.families.native import FORMAT, NativeConfig
@@ -64,10 +64,10 @@ def main() -> None:
         for k, v in learned.items():
             if not k.startswith("decoder.") and not torch.equal(v.half(), tensors[f"autoencoder.{k}"]):
                 parser.error(f"{args.autoencoder} has other latents than {args.source}: {k} differs")
-        tensors |= {f"autoencoder.{k}": v.half().contiguous() for k, v in learned.items()}
+        tensors |= to_half({f"autoencoder.{k}": v for k, v in learned.items()})
     if args.preview:
         decoder = load_preview(args.preview)
-        tensors |= {f"preview.{k}": v.half().contiguous() for k, v in decoder.state_dict().items()}
+        tensors |= to_half({f"preview.{k}": v for k, v in decoder.state_dict().items()})
         config = replace(config, preview=decoder.config)
     card = {**meta["card"], "name": args.target.stem, **recipe.card}
     stored = {"config": to_dict(config), "tokenizer": meta["tokenizer"], "card": card}

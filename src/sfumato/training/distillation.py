@@ -56,8 +56,8 @@ class DistillTask(DenoiserTask):
         self.teacher = torch.compile(self.network) if recipe.compile else self.network
         self.plain = teacher.text.encode([""])
         self.guide = cfg(guidance)
-        schedule, parameterization = own.build_schedule(), own.build_parameterization()
-        self.consistency = ConsistencyObjective(schedule, parameterization, config.steps, config.substeps)
+        levels = (self.objective.schedule, self.objective.parameterization)
+        self.consistency = ConsistencyObjective(*levels, config.steps, config.substeps)
 
     def losses(self, module: Callable[..., Any], batch: Prepared) -> Losses:
         """Return the losses of one micro-batch."""
