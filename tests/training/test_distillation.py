@@ -53,8 +53,8 @@ class Exact:
     def __call__(self, x: Tensor, clock: Tensor) -> Tensor:
         o = self.objective
         place = (o.path[:-1, 0][None] - clock.double()[:, None]).abs().argmin(1)
-        here = o._level(place, x)
-        end = o._level((place // o.substeps + 1) * o.substeps, x)
+        here = o.level(place, x)
+        end = o.level((place // o.substeps + 1) * o.substeps, x)
         there = x * spread(end) / spread(here)
         return o.parameterization.target(*Prediction.through(x, here, there, end), here)
 

@@ -148,6 +148,7 @@ class UNet(nn.Module):
             ]
         )
 
+        self.state_widths = [*skips[1:], channels]  # of ``every_state``
         self.up = nn.ModuleList()
         for i, (width, attention) in reversed(list(enumerate(zip(widths, config.attention, strict=True)))):
             for _ in range(config.blocks + 1):
@@ -163,6 +164,26 @@ class UNet(nn.Module):
         self, x: Tensor, clock: Tensor, context: Tensor, mask: Tensor | None = None, pooled: Tensor | None = None
     ) -> Tensor:
         """Return the network's output (B, C_out, H, W); its meaning is the parameterization's affair."""
+        skips, h, embedding = self._descend(x, clock, context, mask, pooled)
+        for layer in self.up:
+            h = (
+                layer(torch.cat([h, skips.pop()], 1), embedding, context, mask)
+                if isinstance(layer, Stage)
+                else layer(h)
+            )
+        return F.pixel_shuffle(self.conv_out(norm_silu(h, self.norm_out)), self.config.patch)
+
+    def every_state(
+        self, x: Tensor, clock: Tensor, context: Tensor, mask: Tensor | None = None, pooled: Tensor | None = None
+    ) -> list[Tensor]:
+        """The states (B, N, D) after each stage on the way down, and in the middle: what the network sees in x."""
+        skips, middle, _ = self._descend(x, clock, context, mask, pooled)
+        return [h.flatten(2).transpose(1, 2) for h in (*skips[1:], middle)]
+
+    def _descend(
+        self, x: Tensor, clock: Tensor, context: Tensor, mask: Tensor | None, pooled: Tensor | None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """What each stage on the way down leaves, what comes out of the middle, and the embedding of the level."""
         embedding = self.time(clock)  # (B, E)
         if pooled is not None:
             embedding = embedding + of_vectors(self.pooled, pooled)
@@ -173,10 +194,4 @@ class UNet(nn.Module):
             skips.append(h)
         for layer in self.middle:
             h = layer(h, embedding, context, mask)
-        for layer in self.up:
-            h = (
-                layer(torch.cat([h, skips.pop()], 1), embedding, context, mask)
-                if isinstance(layer, Stage)
-                else layer(h)
-            )
-        return F.pixel_shuffle(self.conv_out(norm_silu(h, self.norm_out)), self.config.patch)
+        return skips, h, embedding

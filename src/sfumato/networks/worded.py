@@ -128,6 +128,7 @@ class WordedTransformer(nn.Module):
         self.words = nn.Linear(config.context_dim, dim)
         self.modulation = zero(nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WordedBlock(config) for _ in range(config.layers))
+        self.state_widths = [dim] * config.layers  # of ``every_state``
         self.final = zero(nn.Linear(dim, 2 * dim))
         self.conv_out = zero(nn.Linear(dim, config.patch**2 * config.in_channels))
 
@@ -143,6 +144,21 @@ class WordedTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The output as ``forward`` returns it, and the states (B, N, D) after a layer, for what aligns them."""
         c, (h, w) = self.config, x.shape[-2:]
+        states, embedding = self._pass(x, clock, context, mask, pooled)
+        shift, scale = of_vectors(self.final, embedding)[:, None].chunk(2, dim=-1)
+        return unpatch(self.conv_out(modulated(states[-1], shift, scale)), c.patch, h, w), states[layer]
+
+    def every_state(
+        self, x: Tensor, clock: Tensor, context: Tensor, mask: Tensor | None = None, pooled: Tensor | None = None
+    ) -> list[Tensor]:
+        """The states (B, N, D) after each layer: what the network sees in x."""
+        return self._pass(x, clock, context, mask, pooled)[0]
+
+    def _pass(
+        self, x: Tensor, clock: Tensor, context: Tensor, mask: Tensor | None, pooled: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The states after each layer, and the embedding (B, D) that told them their noise level."""
+        c, (h, w) = self.config, x.shape[-2:]
         if pooled is None:
             real = torch.ones(context.shape[:2], device=context.device) if mask is None else mask
             pooled = (context * real[..., None]).sum(1) / real.sum(1, keepdim=True)
@@ -151,10 +167,8 @@ class WordedTransformer(nn.Module):
         words = self.words(context)
         y = self.patches(x)
         y = y + position_sinusoids(c.dim, h // c.patch, w // c.patch, c.size // c.patch).to(y)
-        kept = y
-        for i, block in enumerate(self.blocks):
+        states: list[Tensor] = []
+        for block in self.blocks:
             y = block(y, modulation, words, mask)
-            if i == layer % c.layers:
-                kept = y
-        shift, scale = of_vectors(self.final, embedding)[:, None].chunk(2, dim=-1)
-        return unpatch(self.conv_out(modulated(y, shift, scale)), c.patch, h, w), kept
+            states.append(y)
+        return states, embedding

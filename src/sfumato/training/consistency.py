@@ -34,7 +34,13 @@ class ConsistencyObjective:
         self.path = torch.tensor([tuple(level) for level in path], dtype=torch.float64)  # (steps · substeps + 1, 3)
 
     def __call__(
-        self, network: Callable[[Tensor, Tensor], Tensor], teacher: Denoiser, x0: Tensor, u: Tensor, eps: Tensor
+        self,
+        network: Callable[[Tensor, Tensor], Tensor],
+        teacher: Denoiser,
+        x0: Tensor,
+        u: Tensor,
+        eps: Tensor,
+        beside: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Losses:
         """Return the losses of a network(x, clock).
 
@@ -42,11 +48,12 @@ class ConsistencyObjective:
             teacher: the denoiser that is followed, with its guidance.
             x0: clean pictures (B, C, H, W); ``eps``: standard normal noise like them.
             u: uniform numbers in (0, 1), (B,), that decide the levels.
+            beside: what else there is to lose: (where the student arrives, the places of these levels) → (B,).
         """
         p, n = self.parameterization, self.steps * self.substeps
         i = (u.to(x0.device) * n).long().clamp(max=n - 1)  # (B,)
         end = (i // self.substeps + 1) * self.substeps
-        here, there, goal_level = (self._level(k, x0) for k in (i, i + 1, end))
+        here, there, goal_level = (self.level(k, x0) for k in (i, i + 1, end))
         x = q_sample(x0, eps, here)
 
         def says(x: Tensor, level: NoiseLevel) -> Tensor:
@@ -55,14 +62,16 @@ class ConsistencyObjective:
         with torch.no_grad():
             y = teacher(x, here).at(there)
             arrived = i + 1 == end
-            between = self._level(torch.where(arrived, i, i + 1), x0)  # nobody is asked about a clean picture
+            between = self.level(torch.where(arrived, i, i + 1), x0)  # nobody is asked about a clean picture
             ahead = p(y, between, says(y, between)).at(goal_level)
             goal = torch.where(arrived[:, None, None, None], y, ahead)
         wanted = Prediction.through(x, here, goal, goal_level)
-        error = (says(x, here) - p.target(wanted.x0, wanted.eps, here)).square()
-        return Losses(error.mean((1, 2, 3)), 1 - (i + 0.5) / n)
+        said = says(x, here)
+        error = (said - p.target(wanted.x0, wanted.eps, here)).square().mean((1, 2, 3))
+        loss = error if beside is None else error + beside(p(x, here, said).at(goal_level), end)
+        return Losses(loss, 1 - (i + 0.5) / n, error)
 
-    def _level(self, k: Tensor, like: Tensor) -> NoiseLevel:
-        """The path's levels at places (B,), its fields (B, 1, 1, 1)."""
+    def level(self, k: Tensor, like: Tensor) -> NoiseLevel:
+        """The path's levels at places (B,), their fields (B, 1, 1, 1)."""
         rows = self.path.to(like.device)[k].to(like)
         return NoiseLevel(*(v[:, None, None, None] for v in rows.unbind(1)))

@@ -35,6 +35,7 @@ from sfumato.training.objective import DenoisingObjective, Losses
 from sfumato.training.recipe import Recipe
 from sfumato.training.world import World
 
+OF_USE_IN_TRAINING = ("projector.", "heads.")  # what a model is trained with, and its file does without
 COMPILED_WIDTH = 24  # tokens, to a multiple of which captions are filled for a compiled network
 
 
@@ -64,6 +65,7 @@ class Prepared(NamedTuple):
     eps: Tensor
     features: Tensor | None = None  # (B, N, F) that the states are aligned with
     pictures: Tensor | None = None  # (B, 3, H, W) that predictions are compared with
+    second: tuple[Tensor, Tensor] | None = None  # more uniform numbers and noise, where the task needs them
 
 
 class Aligned(Native):
@@ -141,12 +143,14 @@ class DenoiserTask:
         tokenizer = tokenizer or _tokenizer(recipe, pictures, run, world)
         torch.manual_seed(recipe.seed)
         config = recipe.model
-        if features is None:
-            native = Native(config, tokenizer, whole=False)
-        else:
-            native = Aligned(config, tokenizer, recipe.latents.align_layer, features.shape[-1])
-        self.module = native.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.module = self._network(tokenizer).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.objective = DenoisingObjective(config.build_schedule(), config.build_parameterization(), recipe.objective)
+
+    def _network(self, tokenizer: Tokenizer) -> Native:
+        """What is trained, its weights drawn anew."""
+        if self.features is None:
+            return Native(self.recipe.model, tokenizer, whole=False)
+        return Aligned(self.recipe.model, tokenizer, self.recipe.latents.align_layer, self.features.shape[-1])
 
     def fetch(self, places: range) -> Prepared:
         """Prepare pictures, token ids, levels and noise for some places of the endless order."""
@@ -227,7 +231,7 @@ class DenoiserTask:
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's own weights, without what was only of use in training."""
-        return {k: v for k, v in weights.items() if not k.startswith("projector.")}
+        return {k: v for k, v in weights.items() if not k.startswith(OF_USE_IN_TRAINING)}
 
 
 def filled(v: Tensor, spare: int) -> Tensor:

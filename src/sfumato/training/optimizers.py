@@ -100,7 +100,10 @@ def _check(config: OptimizerConfig) -> None:
 
 
 # Matrices next to the input, the output or an embedding, which Muon is not for, and stacks of several.
-EDGES = ("conv_in", "conv_out", "patches.", "modulation.", "final.", ".time.", ".pooled.", "projector.2", ".experts.")
+EDGES = (
+    "conv_in", "conv_out", "patches.", "modulation.", "final.", ".time.", ".pooled.", "projector.2", ".experts.",
+    "heads.",
+)  # fmt: skip
 
 
 def _is_table(name: str) -> bool:

@@ -160,12 +160,14 @@ class DistillRecipe:
         teacher: file of a model of our own; read from the recipe's folder.
         guidance: at which the teacher is followed; null: its own default. The student is called without.
         steps: that the student takes; ``substeps``: how many of the teacher's each of them stands for.
+        adversarial: weight of an adversary's opinion, which looks through the teacher's eyes; 0: there is none.
     """
 
     teacher: str = ""
     guidance: float | None = None
     steps: int = 4
     substeps: int = 8
+    adversarial: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "substeps"):
@@ -173,6 +175,8 @@ class DistillRecipe:
                 raise BadData(f"recipe: distill.{name} must be at least 1, not {getattr(self, name)}")
         if self.guidance is not None and not 1 <= self.guidance < math.inf:
             raise BadData(f"recipe: distill.guidance must be a number of at least 1, not {self.guidance}")
+        if not 0 <= self.adversarial < math.inf:
+            raise BadData(f"recipe: distill.adversarial must be a number of at least 0, not {self.adversarial}")
 
 
 @dataclass(frozen=True)
