@@ -5,7 +5,8 @@
 
 The word table, which stays as it was laid out from word vectors, is kept as floats of eight bits (E4M3: 2209.05433),
 and the denoiser's and the text tower's matrices as whole numbers of eight bits with a scale for each row, so that more
-of them fit a file; how much is lost is printed. All else is fp16. ``--whole`` keeps the matrices in fp16, too.
+of them fit a file; how much is lost is printed. All else is fp16. ``--whole`` keeps the matrices in fp16, too. What is
+embedded already may be embedded again, with another decoder, card or defaults: its weights stay what they are.
 """
 
 from __future__ import annotations
@@ -42,25 +43,30 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="matrices in fp16")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, [])
-    tensors = dict(read_tensors(args.source))
+    tensors = unpack(read_tensors(args.source))
     meta = json.loads(read_header(args.source).metadata[FORMAT])
     config = replace(from_dict(NativeConfig, meta["config"], "config"), defaults=recipe.model.defaults)
     table = tensors[WORDS].float()
     tensors[WORDS] = table.to(torch.float8_e4m3fn)
     print(f"words: {lost(tensors[WORDS].float(), table):.4%} of their energy lost")
-    if not args.whole:
-        matrices = [
-            k for k, v in tensors.items()
-            if k.startswith(("network.", "text.")) and k != WORDS and v.ndim in (2, 3) and v.numel() >= SMALL
-        ]  # fmt: skip
-        before = {k: tensors.pop(k) for k in matrices}
+    matrices = [
+        k for k, v in tensors.items()
+        if k.startswith(("network.", "text.")) and k != WORDS and v.ndim in (2, 3) and v.numel() >= SMALL
+    ]  # fmt: skip
+    before = {k: tensors.pop(k) for k in matrices}
+    if args.whole:
+        tensors |= to_half(before)
+    elif matrices:
         packed = {name: t for k, v in before.items() for name, t in pack(k, v).items()}
         after = unpack(packed)
         worst = max(matrices, key=lambda k: lost(after[k], before[k]))
         print(f"{len(matrices)} matrices: at most {lost(after[worst], before[worst]):.4%} ({worst})")
         tensors |= packed
     if args.autoencoder:
-        learned = load_autoencoder(args.autoencoder).state_dict()
+        network = load_autoencoder(args.autoencoder)
+        if network.config != config.autoencoder:
+            parser.error(f"{args.autoencoder} holds {network.config}, but {args.source} {config.autoencoder}")
+        learned = network.state_dict()
         for k, v in learned.items():
             if not k.startswith("decoder.") and not torch.equal(v.half(), tensors[f"autoencoder.{k}"]):
                 parser.error(f"{args.autoencoder} has other latents than {args.source}: {k} differs")

@@ -118,7 +118,8 @@ def test_optimizer_state_survives_exactly_in_any_memory_layout(name, layout):
     steps(first, before, 0, 3)
     second, after = make()
     second.load_state_dict(first.state_dict())
-    restore(after, {k: v.clone().contiguous() for k, v in tensors_of(before).items()})
+    kept = tensors_of(before, {p: n for n, p in first.named_parameters()})
+    restore(after, {k: v.clone().contiguous() for k, v in kept.items()}, {p: n for n, p in second.named_parameters()})
     steps(second, after, 3, 6)
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -138,6 +139,20 @@ def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path: Path):
     assert newest.plain == {"note": "x"}
     assert torch.equal(newest.tensors["w"], torch.full((50,), 4.0))
     assert load_newest(tmp_path / "nowhere", pytest.fail) is None
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_save_after_a_fallback_is_kept_and_what_was_damaged_goes(tmp_path: Path, keep: int):
+    for step in (8, 9):
+        save_checkpoint(tmp_path, checkpoint(step), keep=2)
+        (tmp_path / f"step-{step:08d}.safetensors").write_bytes(b"damaged")
+    assert load_newest(tmp_path, lambda _: None) is None
+    for step in (3, 4):
+        save_checkpoint(tmp_path, checkpoint(step), keep)
+        newest = load_newest(tmp_path, pytest.fail)
+        assert newest is not None
+        assert newest.step == step
+    assert len(list(tmp_path.iterdir())) == 2 * keep
 
 
 @pytest.mark.parametrize("part", ["safetensors", "json"])

@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,12 +139,15 @@ class Pictures:
             image = self.images[index]
             if self.config.flip and own.random() < 0.5:
                 image = image.flip(-1)
-            images.append(_window(image, own, None if self.shapes is None else self.shapes[index]))
+            images.append(_window(image, self._shape(index), partial(own.randint, 0)))
         return Batch(signed(torch.stack(images)), captions)
 
     def at(self, indices: Iterable[int]) -> Tensor:
-        """Return pictures (B, C, H, W) in [−1, 1] as they are, without crop or flip."""
-        return signed(torch.stack([self.images[i] for i in indices]))
+        """Return pictures (B, C, H, W) in [−1, 1] as they are, without flip; of what crops vary, the middle."""
+        return signed(torch.stack([_window(self.images[i], self._shape(i), lambda spare: spare // 2) for i in indices]))
+
+    def _shape(self, index: int) -> Shape | None:
+        return None if self.shapes is None else self.shapes[index]
 
     def spread(self, count: int) -> list[int]:
         """Return so many indices, evenly spread over all pictures."""
@@ -294,13 +297,14 @@ def _fitted(image: Image.Image, shape: Shape, config: DataConfig, channels: int)
     return torch.from_numpy(to_array(fit(image, shape, config.crop, config.background), channels))
 
 
-def _window(image: Tensor, own: random.Random, shape: Shape | None) -> Tensor:
-    """Cut a shape out of (C, H, W), anywhere; by default a square of the shorter side's length."""
+def _window(image: Tensor, shape: Shape | None, place: Callable[[int], int]) -> Tensor:
+    """Cut a shape out of (C, H, W), by default a square of the shorter side's length.
+
+    ``place`` says how many of the rows, or columns, to spare lie before it.
+    """
     h, w = image.shape[-2:]
     height, width = shape or (min(h, w), min(h, w))
-    if (h, w) == (height, width):
-        return image
-    top, left = own.randint(0, h - height), own.randint(0, w - width)
+    top, left = place(h - height), place(w - width)
     return image[:, top : top + height, left : left + width]
 
 
@@ -332,7 +336,10 @@ def _choose(source: Source, config: DataConfig) -> list[Record]:
         for column in getattr(config, setting):
             _check_column(source, setting, column)
     for column, value in config.where.items():
-        _check_values(source, column, value if isinstance(value, list) else [value])
+        _check_values(source, "where", column, value if isinstance(value, list) else [value])
+    for setting, named in (("exclude", config.exclude), ("weights", config.weights)):
+        for column, values in named.items():
+            _check_values(source, setting, column, list(values))
     records = [r for r in source.records if r.problem or _wanted(r.row, config)]
     if not any(not r.problem for r in records) and (config.where or config.exclude):
         raise BadData(f"{where}: no picture is left after where={dict(config.where)} exclude={dict(config.exclude)}")
@@ -352,15 +359,17 @@ def _check_column(source: Source, setting: str, column: str) -> None:
         )
 
 
-def _check_values(source: Source, column: str, values: list[Any]) -> None:
-    """A wanted value that no row has is a slip of the pen."""
+def _check_values(source: Source, setting: str, column: str, values: list[Any]) -> None:
+    """A named value that no row has is a slip of the pen."""
     present = [v for r in source.records if (v := r.row.get(column)) is not None]
     for value in values:
         if value not in present:
             known = sorted({str(v) for v in present})
             listing = f"; there are {', '.join(known)}" if len(known) <= 12 else ""
             near = nearest(str(value), known)
-            raise BadData(f"{printable(str(source.path))}: data.where: no row has {column}={value!r}{near}{listing}")
+            raise BadData(
+                f"{printable(str(source.path))}: data.{setting}: no row has {column}={value!r}{near}{listing}"
+            )
 
 
 def _wanted(row: Row, config: DataConfig) -> bool:

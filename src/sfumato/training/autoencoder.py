@@ -50,7 +50,7 @@ class Game(nn.Module):
         self.autoencoder = CompactAutoencoder(recipe.autoencoder.network)
         self.discriminator = PatchDiscriminator() if self.weights.adversarial else None
         # Outside the module's state: it is not learned.
-        self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.perceptual: nn.Module | None = None
         if self.weights.perceptual:
             object.__setattr__(self, "perceptual", load_lpips("alex"))
 
@@ -64,7 +64,7 @@ class Game(nn.Module):
         kl = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean((1, 2, 3))
         loss = loss + w.kl * kl
         if self.perceptual is not None:
-            loss = loss + w.perceptual * self.perceptual(y, x).float()
+            loss = loss + w.perceptual * self.perceptual.to(y.device)(y, x).float()
         if self.discriminator is not None:
             share = w.adversarial if adversarial else 0.0  # every parameter takes part in every step
             fixed = {k: v.detach() for k, v in self.discriminator.named_parameters()}

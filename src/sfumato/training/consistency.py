@@ -22,6 +22,7 @@ from sfumato.diffusion.level import Denoiser, NoiseLevel, Prediction, q_sample
 from sfumato.diffusion.parameterizations import Parameterization
 from sfumato.diffusion.schedules import Schedule
 from sfumato.diffusion.spacings import SPACINGS
+from sfumato.errors import BadData
 from sfumato.training.objective import Losses, flat
 
 
@@ -31,6 +32,11 @@ class ConsistencyObjective:
     def __init__(self, schedule: Schedule, parameterization: Parameterization, steps: int, substeps: int):
         self.parameterization, self.steps, self.substeps = parameterization, steps, substeps
         path = SPACINGS["trailing"](schedule, steps * substeps)
+        if path[0].alpha == 0 and parameterization.det(path[0]) == 0:
+            raise BadData(
+                f"a teacher that predicts {parameterization.name} cannot be followed from pure noise, where its "
+                "schedule begins: distil one that predicts v, flow or x0"
+            )
         self.path = torch.tensor([tuple(level) for level in path], dtype=torch.float64)  # (steps · substeps + 1, 3)
 
     def __call__(

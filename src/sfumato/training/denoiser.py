@@ -24,6 +24,7 @@ from sfumato.checkpoints.tensors import to_half
 from sfumato.data.encoded_captions import EncodedCaptions
 from sfumato.data.latents import Latents
 from sfumato.data.pictures import Batch, Row
+from sfumato.errors import BadData
 from sfumato.families.native import Native, NativeConfig, metadata
 from sfumato.families.pretrained import load_lpips
 from sfumato.files import write_atomically
@@ -74,7 +75,10 @@ class Aligned(Native):
     def __init__(self, config: NativeConfig, tokenizer: Tokenizer, layer: int, features: int):
         super().__init__(config, tokenizer, whole=False)
         assert isinstance(self.network, WordedTransformer)
-        self.layer, dim = layer, self.network.config.dim
+        layers, dim = self.network.config.layers, self.network.config.dim
+        if not -layers <= layer < layers:
+            raise BadData(f"recipe: latents.align_layer is {layer}, but there are layers 0 to {layers - 1}")
+        self.layer = layer
         self.projector = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, features))
 
     def forward(self, x: Tensor, clock: Tensor, words: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -118,10 +122,12 @@ class DenoiserTask:
         features: (index of the picture → (N, F)) what states are aligned with, where the recipe asks for it.
         tokenizer: of a text tower that is there; left out, the recipe's is built, or learned from the captions.
 
-    ``words`` may be set to the captions as the text tower, then frozen, encodes them.
+    ``words`` may be set to the captions as the text tower, then frozen, encodes them; ``origin`` to the SHA-256 of
+    what else the loss depends on.
     """
 
     words: EncodedCaptions | None = None
+    origin: str = ""
 
     def __init__(
         self,
@@ -181,9 +187,10 @@ class DenoiserTask:
         return words | {k: filled(words[k], spare) for k in words.keys() - {"pooled"}}
 
     def fingerprint(self) -> str:
-        """SHA-256 of the pictures and their columns, and of their captions' states where these are known."""
+        """SHA-256 of pictures and their columns, of their captions' states where these are known, and of origins."""
         own = self.pictures.fingerprint()
-        return own if self.words is None else hashlib.sha256(f"{own}/{self.words.fingerprint()}".encode()).hexdigest()
+        more = [*([] if self.words is None else [self.words.fingerprint()]), *([self.origin] if self.origin else [])]
+        return hashlib.sha256("/".join([own, *more]).encode()).hexdigest() if more else own
 
     def losses(self, module: Callable[..., Any], batch: Prepared) -> Losses:
         """Return the losses of one micro-batch."""

@@ -71,8 +71,8 @@ class DistillTask(DenoiserTask):
         )
         self.module.network.load_state_dict(teacher.network.state_dict())
         self.module.text.load_state_dict(teacher.text.state_dict())
-        self.module.text.requires_grad_(False).eval()
-        self.network = teacher.network
+        self.module.text.requires_grad_(False)
+        self.native, self.network = teacher, teacher.network  # never wrapped, whatever the world
         self.teacher, self.look = self.network, self.network.every_state
         if recipe.compile:
             self.teacher, self.look = torch.compile(self.network), torch.compile(self.network.every_state)
@@ -97,8 +97,10 @@ class DistillTask(DenoiserTask):
         device = next(self.module.parameters()).device
         x0, u, eps = (v.to(device) for v in (batch.x0, batch.u, batch.eps))
         x0, eps = (v.contiguous(memory_format=torch.channels_last) for v in (x0, eps))
+        for part in (self.native.network, self.native.text):
+            part.to(device)
         with torch.no_grad():
-            words = self.module.states({k: v.to(device) for k, v in batch.words.items()})
+            words = self.native.states({k: v.to(device) for k, v in batch.words.items()})
         teacher = self.guide(self._pair(words, device))
         beside = None if batch.second is None else self._adversary(module, words, x0, batch.second)
         return self.consistency(lambda x, clock: module(x, clock, words), teacher, x0, u, eps, beside)
@@ -126,7 +128,6 @@ class DistillTask(DenoiserTask):
         spare = width - plain["context"].shape[1]
         plain |= {k: filled(plain[k], spare) for k in ("context", "mask")}
         both = {k: torch.cat([words[k], plain[k]]) for k in words}
-        self.network.to(device)
         p, network = self.consistency.parameterization, self.teacher
 
         def strong(x: Tensor, level: NoiseLevel) -> Prediction:

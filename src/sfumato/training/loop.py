@@ -3,8 +3,9 @@
     place p = step · batch + i       the endless order of pictures, cut into steps, ranks and micro-batches
 
 Everything random at a place is a function of (seed, place), and every step of (recipe, step, weights). So a run that
-was killed and taken up again ends in the same bytes as one that was not, and ranks or accumulation change
-nothing but rounding.
+was killed and taken up again ends in the same bytes as one that was not. Ranks and accumulation change nothing but
+rounding, where a loss is a mean over pictures; what a micro-batch decides as a whole (CLIP's pairs, dropout, the
+spread of an autoencoder's latents) they cut anew.
 """
 
 from __future__ import annotations
@@ -186,10 +187,15 @@ class _Learner:
         self.wrapped = world.wrap(self.module, recipe.parallel)
         self.network = torch.compile(self.wrapped) if recipe.compile else self.wrapped
         self.optimizers = build_optimizers(self.module, recipe.optimizer, precision == "bf16")
+        self.names = {p: name for name, p in self.module.named_parameters()}
         self.rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.ema = EMA(self.module, recipe.ema)
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
         self.module.train()
+        for part in self.module.modules():
+            own = list(part.parameters())
+            if own and not any(p.requires_grad for p in own):
+                part.eval()  # frozen: what it says does not depend on dropout
 
     def gradients(self, step: int, batches: Iterator[Any]) -> tuple[float, float, Losses]:
         """Gather a step's gradients, clipped; return its loss, their norm before, and the last part's losses."""
@@ -246,7 +252,7 @@ class _Learner:
         return checkpoint.step
 
     def _state(self) -> dict[str, Tensor]:
-        moments = {f"optimizer.{k}": v for k, v in tensors_of(self.optimizers).items()}
+        moments = {f"optimizer.{k}": v for k, v in tensors_of(self.optimizers, self.names).items()}
         return {**self._weights(), **moments}
 
     def _weights(self) -> dict[str, Tensor]:
@@ -259,15 +265,18 @@ class _Learner:
         differing = _differing(checkpoint.plain["recipe"], self.recipe) if "recipe" in checkpoint.plain else []
         if {k: v for k, v in shapes.items() if not k.startswith("optimizer.")} != _shapes(weights, checkpoint):
             differing.append("the weights' shapes")
+        moments = {f"optimizer.{k}": v for k, v in empty_state(self.optimizers, self.names).items()}
+        stored = {k: v for k, v in shapes.items() if k.startswith("optimizer.")}
+        if not stored.items() <= _shapes(moments, checkpoint).items():
+            differing.append("the optimizer's state")
         if differing:
             raise BadData(
                 f"the checkpoint of step {checkpoint.step} is another recipe's (differs in {', '.join(differing)}): "
                 "use another --run folder"
             )
-        names = [k.removeprefix("optimizer.") for k in shapes if k.startswith("optimizer.")]
-        moments = empty_state(self.optimizers, names)
-        checkpoint.fill(weights | {f"optimizer.{k}": v for k, v in moments.items()}, self.world)
-        restore(self.optimizers, moments)
+        moments = {k: v for k, v in moments.items() if k in stored}
+        checkpoint.fill(weights | moments, self.world)
+        restore(self.optimizers, {k.removeprefix("optimizer."): v for k, v in moments.items()}, self.names)
 
 
 @dataclass
@@ -425,7 +434,8 @@ def _differing(stored: dict[str, Any], recipe: Recipe) -> list[str]:
 
 def _binding(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that a run cannot change; where the data lie is told by their content."""
-    plain = {k: v for k, v in to_dict(recipe).items() if k not in FREE}
+    # A CLIP's pairs are those of a part: there accumulation is no mere way to compute the same.
+    plain = {k: v for k, v in to_dict(recipe).items() if k not in FREE or (k == "accumulate" and recipe.task == "clip")}
     return json.loads(json.dumps({**plain, "data": {**plain["data"], "path": ""}}))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig, bf16: bool = Fa
     if config.name not in ("adamw", "muon"):
         raise BadData(f"optimizer: name is adamw or muon, not {config.name!r}")
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    matrices = {n: p for n, p in named.items() if p.ndim >= 2 and not _is_table(n)}
+    matrices = {n: p for n, p in named.items() if p.ndim >= 2 and not _is_table(n) and not n.endswith("bias")}
     slow = {n: share for n in named for start, share in config.slow.items() if n.startswith(start)}
     for start in config.slow:
         if not any(n.startswith(start) for n in named):
@@ -114,33 +114,38 @@ def _is_edge(name: str) -> bool:
     return any(part in name for part in EDGES)
 
 
-def tensors_of(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Return the optimizers' state as flat names and tensors."""
-    flat: dict[str, Tensor] = {}
-    for k, optimizer in enumerate(optimizers):
-        for i, state in optimizer.state_dict()["state"].items():
-            flat |= {f"{k}.{i}.{key}": torch.as_tensor(v) for key, v in state.items()}
-    return flat
+# What each kind keeps of a parameter; a step's number is no tensor of its shape.
+KEYS: Mapping[type, tuple[str, ...]] = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
 
 
-def empty_state(optimizers: list[torch.optim.Optimizer], names: Iterable[str]) -> dict[str, Tensor]:
-    """Return zeros, laid out as each parameter is, for the names that ``tensors_of`` gave."""
-    parameters = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
-    state: dict[str, Tensor] = {}
-    for name in names:
-        k, i, key = name.split(".", 2)
-        state[name] = torch.zeros(()) if key == "step" else torch.zeros_like(parameters[int(k)][int(i)].detach())
-    return state
+def tensors_of(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Return the optimizers' state as flat names, ``key.parameter``, and tensors."""
+    return {
+        f"{key}.{names[p]}": torch.as_tensor(v)
+        for optimizer in optimizers for p, state in optimizer.state.items() for key, v in state.items()
+    }  # fmt: skip
 
 
-def restore(optimizers: list[torch.optim.Optimizer], flat: dict[str, Tensor]) -> None:
-    """Put back what ``tensors_of`` took."""
-    states: list[dict[int, dict[str, Any]]] = [{} for _ in optimizers]
-    parameters = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
-    for name, v in flat.items():
-        k, i, key = name.split(".", 2)
-        # Fused AdamW walks memory in order: moments must be laid out as their parameter is.
-        laid = v if v.ndim == 0 else placed_like(v, parameters[int(k)][int(i)].detach())
-        states[int(k)].setdefault(int(i), {})[key] = laid
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+def empty_state(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Return zeros, laid out as each parameter is, under all names that ``tensors_of`` may give."""
+    return {
+        f"{key}.{names[p]}": torch.zeros(()) if key == "step" else torch.zeros_like(p.detach())
+        for optimizer in optimizers for p in _parameters(optimizer) for key in KEYS[type(optimizer)]
+    }  # fmt: skip
+
+
+def restore(optimizers: list[torch.optim.Optimizer], flat: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> None:
+    """Put back what ``tensors_of`` took; a parameter that had not moved starts anew."""
+    for optimizer in optimizers:
+        states: dict[int, dict[str, Tensor]] = {}
+        for i, p in enumerate(_parameters(optimizer)):
+            found = {key: flat[name] for key in KEYS[type(optimizer)] if (name := f"{key}.{names[p]}") in flat}
+            # Fused AdamW walks memory in order: moments must be laid out as their parameter is.
+            laid = {key: v if v.ndim == 0 else placed_like(v, p.detach()) for key, v in found.items()}
+            if laid:
+                states[i] = laid
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

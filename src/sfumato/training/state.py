@@ -55,14 +55,14 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Write a checkpoint as one file, then remove all but the newest ``keep``."""
+    """Write a checkpoint as one file, then remove all but the newest ``keep`` up to it."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"step-{checkpoint.step:08d}"
     data = save({k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()})
     write_atomically(folder / f"{name}.safetensors", data)
     plain = {"step": checkpoint.step, "sha256": hashlib.sha256(data).hexdigest(), **checkpoint.plain}
     write_atomically(folder / f"{name}.json", _sealed(plain))
-    _remove_old(folder, keep)
+    _remove_others(folder, checkpoint.step, keep)
 
 
 def save_shards(folder: Path, checkpoint: Checkpoint, keep: int, world: World) -> None:
@@ -98,7 +98,7 @@ def save_shards(folder: Path, checkpoint: Checkpoint, keep: int, world: World) -
             sync_folder(folder)
             plain = {"step": checkpoint.step, "files": dict(sorted(files.items())), **checkpoint.plain}
             write_atomically(folder / f"{name}.json", _sealed(plain))
-            _remove_old(folder, keep)
+            _remove_others(folder, checkpoint.step, keep)
 
     try:
         world.together(begin)
@@ -152,8 +152,11 @@ def _read(path: Path, world: World) -> Checkpoint:
     return Checkpoint(step, load(data), plain)
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-*.json"))[:-keep]:
+def _remove_others(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest ``keep`` up to a step, and what is newer: it was damaged, or it would not be so."""
+    found = sorted(folder.glob("step-*.json"))
+    until = [path for path in found if path.name <= f"step-{step:08d}.json"]
+    for old in {*found} - {*until[-keep:]}:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
         shutil.rmtree(old.with_suffix(""), ignore_errors=True)

@@ -13,7 +13,7 @@ from sfumato.errors import BadData, nearest
 from sfumato.files import sha256, write_atomically
 from sfumato.training.loop import Task
 from sfumato.training.progress import Progress
-from sfumato.training.recipe import Recipe
+from sfumato.training.recipe import LatentRecipe, Recipe
 from sfumato.training.world import World
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -
 
     if recipe.latents.autoencoder:
         return _latent_denoiser(recipe, load, root, run, world)
+    if recipe.latents != LatentRecipe():
+        raise BadData("recipe: latents needs latents.autoencoder, a trained one; to denoise pixels leave latents out")
     model = recipe.model
     return DenoiserTask(recipe, load(model.size, model.denoiser.in_channels, model.multiple), run, world)
 
@@ -48,6 +50,8 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
     preview = start_preview(recipe, root)
     features = align_features(recipe, latents.pictures, run / "cache") if recipe.latents.align else None
     task = DenoiserTask(recipe, latents, run, world, network, preview, features)
+    if recipe.latents.perceptual:  # its decoder is a part of the loss
+        task.origin = sha256(root / recipe.latents.autoencoder)
     start_text(recipe, task.module, root)
     start_denoiser(recipe, task.module, root)
     if recipe.latents.text and recipe.latents.freeze_text and recipe.data.variants:
@@ -79,6 +83,7 @@ def _distill(recipe: Recipe, load: Load, root: Path, run: Path, world: World) ->
     if vae is not None:
         source = Latents(pictures, encoded_in_shapes(pictures, vae.encode, sha256(path), run / "cache"))
     task = DistillTask(recipe, source, run, teacher, world)
+    task.origin = sha256(path)
     if recipe.data.variants:
         _read_captions(task, pictures, path, run)
     return task
@@ -104,12 +109,18 @@ def _latents(recipe: Recipe, pictures: Pictures, root: Path, run: Path) -> tuple
 
 
 def _decoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.families.autoencoder import load_autoencoder
     from sfumato.training.decoder import DecoderTask
     from sfumato.training.redrawn import load_latent_model, redrawn
 
     if not recipe.latents.autoencoder:
         raise BadData("recipe: a decoder needs latents.autoencoder, a trained autoencoder")
+    if recipe.latents != LatentRecipe(autoencoder=recipe.latents.autoencoder):
+        raise BadData("recipe: of latents, task: decoder reads latents.autoencoder alone: leave the others out")
     _check_perceptual("decoder.perceptual", recipe.decoder.perceptual, "alex", recipe.decoder.size)
+    factor = load_autoencoder(root / recipe.latents.autoencoder).config.factor
+    if recipe.decoder.size % factor:
+        raise BadData(f"recipe: decoder.size {recipe.decoder.size} is not a multiple of the latents' factor {factor}")
     latents, network = _latents(recipe, load(recipe.decoder.size, 3, 0), root, run)
     ours, theirs = recipe.decoder.network, network.config
     if ours is not None and (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
@@ -138,6 +149,8 @@ def _autoencoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World
 def _clip(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
     from sfumato.training.clip import ClipTask
 
+    if recipe.parallel == "fsdp":
+        raise BadData("recipe: task: clip is small enough for any one rank: set parallel to ddp")
     return ClipTask(recipe, load(recipe.clip.network.size, 3, 0), root, run / "cache")
 
 
@@ -147,6 +160,15 @@ TASKS: dict[str, Callable[[Recipe, Load, Path, Path, World], Task]] = {
     "clip": _clip,
     "decoder": _decoder,
     "distill": _distill,
+}
+
+# The groups of settings that each task reads, beside those of the data and of the run; others would be ignored.
+READS: dict[str, set[str]] = {
+    "denoiser": {"model", "latents", "objective"},
+    "autoencoder": {"autoencoder"},
+    "clip": {"clip"},
+    "decoder": {"decoder", "latents"},
+    "distill": {"distill", "model", "latents"},  # the last two as its teacher has them
 }
 
 
@@ -162,6 +184,9 @@ def build_task(recipe: Recipe, root: Path, run: Path, world: World, progress: Pr
         raise BadData(
             f"recipe: no task named {recipe.task!r}{nearest(recipe.task, list(TASKS))}; there are {list(TASKS)}"
         )
+    for section in sorted(set().union(*READS.values()) - READS[recipe.task]):
+        if getattr(recipe, section) != getattr(Recipe(), section):
+            raise BadData(f"recipe: task: {recipe.task} does not read {section}: leave it out")
 
     def report(found: Report) -> None:
         listing = run / "bad.jsonl"

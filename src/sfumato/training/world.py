@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,8 @@ LOST = re.compile(r"closed by peer|reset by peer|broken pipe|\bgloo\b|\bnccl\b",
 # The caches of FSDP's tensors keep the group and its threads to the end of the interpreter, which aborts the process
 # (SIGABRT) where one of them has yet to drop a Python tensor of its last work; seconds for it to do so.
 LET_GO = 0.2
+# While one rank draws and measures the others wait; one that has died is noticed at once all the same.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -149,14 +152,15 @@ def placed_like(v: Tensor, like: Tensor) -> Tensor:
 @contextmanager
 def joined(device: str) -> Iterator[World]:
     """Join the process group that torchrun describes in the environment, if it does, and leave it at the end."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NoResources("recipe: device: cuda, but torch finds no such device here: set it to cpu, or to auto")
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield World(device=place)
         return
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    )  # flags and texts go by the CPU: no waiting for a GPU
+    # Flags and texts go by the CPU: no waiting for a GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     if cuda:
         torch.cuda.set_device(place)
     try:
