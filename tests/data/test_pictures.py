@@ -144,6 +144,7 @@ def test_random_crops_see_all_of_a_picture(tmp_path: Path) -> None:
     starts = ((x0[:, 0, 0, 0] + 1) * 127.5 / 10).round().tolist()
     assert set(starts) == set(range(17))
     assert torch.equal(x0, pictures.batch(0, 0, 200).x0)
+    assert ((pictures.at([0])[0, 0, 0] + 1) * 127.5 / 10).round().tolist() == list(range(8, 16))  # the middle
 
 
 # ── captions ───────────────────────────────────────────────────────────────────────────────────────────
@@ -241,6 +242,8 @@ def test_where_exclude_and_weights() -> None:
         ({"exclude": {"stlye": ["noto"]}}, "exclude names the column 'stlye'"),
         ({"weights": {"grp": {"a": 1.0}}}, "weights names the column 'grp'"),
         ({"where": {"style": "notto"}}, "no row has style='notto'; did you mean 'noto'"),
+        ({"exclude": {"style": ["blob", "notto"]}}, "data.exclude: no row has style='notto'; did you mean 'noto'"),
+        ({"weights": {"style": {"notto": 0.5}}}, "data.weights: no row has style='notto'; did you mean 'noto'"),
         ({"where": {"style": "noto"}, "exclude": {"style": ["noto"]}}, "no picture is left"),
         ({"captions": "field:titel"}, "needs a column 'titel'"),
         ({"weights": {"core": {"True": 0.0}}}, "leave nothing to draw"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import Watched, few, run
+from runs import Taught, Watched, few, run
 
 from faults import write_pictures
 from sfumato.data.config import DataConfig
@@ -104,6 +104,8 @@ SCENARIOS: dict[str, Callable[[World, Path], Any]] = {
     "sharded-from-one": lambda world, folder: learn(world, folder, *FSDP, "sharded=true"),
     "sharded-damaged": sharded_damaged,
     "sharded-full-disk": lambda world, folder: full_disk(world, folder, *FSDP, "sharded=true"),
+    "distill": lambda world, folder: learn(world, folder, "steps=4", task=Taught),
+    "distill-fsdp": lambda world, folder: learn(world, folder, "steps=4", *FSDP, task=Taught),
     "nan": lambda world, folder: faulty(world, folder, "nan"),
     "memory": lambda world, folder: faulty(world, folder, "memory"),
     "lazy": lazy,

@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sfumato.data.pictures import Pictures, load_pictures
 from sfumato.training.denoiser import DenoiserTask
+from sfumato.training.distillation import DistillTask
 from sfumato.training.loop import train
 from sfumato.training.progress import Progress
-from sfumato.training.recipe import Recipe, load_recipe
+from sfumato.training.recipe import DistillRecipe, Recipe, load_recipe
 from sfumato.training.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +44,17 @@ def few(count: int = 20) -> Pictures:
     """Return so few pictures that a run of twelve steps of six goes through several epochs."""
     whole = load_pictures(recipe().data, 8, ROOT / "recipes")
     return replace(whole, images=whole.images[:count], rows=whole.rows[:count], weights=whole.weights[:count])
+
+
+class Taught(DistillTask):
+    """A student, judged too, whose teacher was drawn by lot."""
+
+    def __init__(self, recipe: Recipe, pictures: Pictures, run: Path, world: World = World()):  # noqa: B008
+        teacher = DenoiserTask(recipe, pictures, run, world).module
+        for p in teacher.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+        recipe = replace(recipe, distill=DistillRecipe(steps=2, substeps=2, adversarial=0.5))
+        super().__init__(recipe, pictures, run, teacher.requires_grad_(False).eval(), world)
 
 
 def run(

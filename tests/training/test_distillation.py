@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_latent import COMMON, VAE, forget_the_end, latent, train
 from torch import Tensor
 
+from sfumato.checkpoints.tensors import read_header
 from sfumato.config import from_dict
 from sfumato.diffusion import PARAMETERIZATIONS, SCHEDULES, SPACINGS, NoiseLevel, Prediction
 from sfumato.diffusion.samplers import SAMPLERS
@@ -226,6 +227,24 @@ def test_pixels_and_a_learned_vocabulary_are_the_teachers(tmp_path: Path) -> Non
     assert load(student).generate("a red apple", seed=1)[0].pixels.shape == (16, 16, 3)
 
 
+def test_another_teacher_is_another_run(teacher: Path, tmp_path: Path) -> None:
+    own = tmp_path / "teacher.safetensors"
+    own.write_bytes(teacher.read_bytes())
+    raw = distill(own, steps=1, substeps=2)
+    train(raw, tmp_path, "student", "steps=1")
+    tensors = load_file(own)
+    tensors["network.conv_out.bias"] += 0.1
+    save_file(tensors, own, read_header(own).metadata)
+    with pytest.raises(BadData, match="the data's content"):
+        train(raw, tmp_path, "student")
+
+
+def test_a_teacher_that_says_nothing_of_pure_noise_is_refused() -> None:
+    with pytest.raises(BadData, match="predicts eps cannot be followed from pure noise"):
+        ConsistencyObjective(SCHEDULES["flow"](), PARAMETERIZATIONS["eps"], 2, 4)
+    ConsistencyObjective(SCHEDULES["linear"](), PARAMETERIZATIONS["eps"], 2, 4)
+
+
 def test_what_a_student_cannot_have_is_refused(teacher: Path, tmp_path: Path) -> None:
     def refused(raw: dict, kind: type[Exception], match: str) -> None:
         path = tmp_path / "bad.yaml"
@@ -239,4 +258,6 @@ def test_what_a_student_cannot_have_is_refused(teacher: Path, tmp_path: Path) ->
     refused({**raw, "latents": {"align": 0.5}}, BadData, "leave latents out")
     for name, value in (("steps", 0), ("substeps", -1), ("guidance", 0.5), ("guidance", float("nan"))):
         refused(distill(teacher, **{name: value}), BadData, f"distill.{name} must be")
+    refused(distill(teacher, adversarial=-0.1), BadData, r"distill.adversarial must be")
+    refused({**raw, "objective": {"weight": "min-snr"}}, BadData, "does not read objective")
     refused(distill(Path("sample")), BadCheckpoint, "sample")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from faults import write_pictures
@@ -22,10 +23,11 @@ from sfumato.families.autoencoder import load_autoencoder, load_preview
 from sfumato.families.pretrained import load_lpips
 from sfumato.pipeline.pipeline import load
 from sfumato.text.tower import TextTower
-from sfumato.training.autoencoder import AutoencoderTask
+from sfumato.training.autoencoder import AutoencoderTask, Game
 from sfumato.training.cli import main
 from sfumato.training.decoder import DecoderTask
 from sfumato.training.denoiser import DenoiserTask
+from sfumato.training.loop import _Learner
 from sfumato.training.objective import loss_by_level
 from sfumato.training.progress import Progress
 from sfumato.training.recipe import Recipe
@@ -83,6 +85,24 @@ def test_latents_are_standardized_over_the_training_pictures(vae: Path) -> None:
     z = network.encode(x, torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
     assert z.mean((0, 2, 3)).abs().max() < 0.05
     assert (z.var((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_an_autoencoder_learns_from_crops_that_vary(tmp_path: Path) -> None:
+    """Its latents are measured, and its grid drawn, on the pictures' middles."""
+    write_pictures(tmp_path / "wide", 8)
+    for i, path in enumerate(sorted((tmp_path / "wide").glob("*.png"))):
+        Image.effect_noise((40 + i, 20), 40).convert("RGB").save(path)
+    raw = {**VAE, "data": {"path": str(tmp_path / "wide"), "captions": "none", "crop": "random"}, "grid_every": 6}
+    assert load_autoencoder(train(raw, tmp_path, "vae")).deviation.min() > 0
+    assert (tmp_path / "vae/grid-00000006.png").exists()
+
+
+def test_what_compares_pictures_goes_where_they_are() -> None:
+    """LPIPS is no part of the module's state: on the only other device that every machine has, nothing is missing."""
+    raw = {**VAE, "autoencoder": {"size": 32, "network": SHAPE, "loss": {"perceptual": 0.1}}}
+    game = Game(from_dict(Recipe, raw, "test")).to("meta")
+    x, noise, excess = (torch.zeros(s, device="meta") for s in ((2, 3, 32, 32), (2, 3, 8, 8), (2, 1, 1, 1)))
+    assert game(x, noise, excess, False).shape == (2,)
 
 
 def test_each_side_of_the_game_learns_from_its_own_loss() -> None:
@@ -208,6 +228,22 @@ def test_pictures_too_small_for_lpips_are_refused(vae: Path, tmp_path: Path) -> 
         from_dict(Recipe, {"latents": {"perceptual_net": "vgg19"}}, "test")
     with pytest.raises(BadData, match=r"needs latents\.autoencoder"):
         from_dict(Recipe, {"latents": {"perceptual": 1.0}}, "test")
+
+
+def test_a_frozen_tower_drops_nothing_out(vae: Path, tmp_path: Path) -> None:
+    raw = latent(str(vae))
+    raw["model"]["text"] |= {"dropout": 0.5}
+    raw["latents"]["text"] = str(train(raw, tmp_path, "first"))
+    for freeze in (True, False):
+        raw["latents"]["freeze_text"] = freeze
+        recipe = from_dict(Recipe, raw, "test")
+        task = build_task(recipe, tmp_path, tmp_path / "run", World(), Progress(quiet=True))
+        learner = _Learner(task, recipe, "fp32", World())
+        assert learner.module.network.training
+        assert learner.module.text.training is not freeze
+        words = task.fetch(range(4)).words
+        first, second = (learner.module.states(words)["context"] for _ in range(2))
+        assert torch.equal(first, second) is freeze
 
 
 def test_a_frozen_tower_reads_each_caption_once(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,3 +470,22 @@ def test_what_does_not_fit_is_refused_in_one_line(vae: Path, tmp_path: Path) -> 
         train(text, tmp_path, "c")
     with pytest.raises(BadData, match="no task named 'autoencode'; did you mean"):
         train({**VAE, "task": "autoencode"}, tmp_path, "d")
+    with pytest.raises(BadData, match="task: autoencoder does not read objective"):
+        train({**VAE, "objective": {"weight": "min-snr"}}, tmp_path, "e")
+    pixels = latent("")
+    pixels["model"] = {k: v for k, v in pixels["model"].items() if k not in ("autoencoder", "transformer")}
+    pixels["latents"] = {"text": "/nowhere"}
+    with pytest.raises(BadData, match=r"needs latents\.autoencoder"):
+        train(pixels, tmp_path, "f")
+    aligned = latent(str(vae))
+    aligned["latents"] |= {"align": 0.5, "align_layer": 2}
+    with pytest.raises(BadData, match="align_layer is 2, but there are layers 0 to 1"):
+        train(aligned, tmp_path, "g")
+    odd = preview(str(vae))
+    odd["decoder"] |= {"size": 18}
+    with pytest.raises(BadData, match=r"decoder\.size 18 is not a multiple of the latents' factor 4"):
+        train(odd, tmp_path, "h")
+    more = preview(str(vae))
+    more["latents"] |= {"freeze_text": False}
+    with pytest.raises(BadData, match=r"reads latents\.autoencoder alone"):
+        train(more, tmp_path, "i")

@@ -13,6 +13,7 @@ from torch import nn
 
 from sfumato.config import from_dict, to_dict
 from sfumato.errors import BadData, NoResources
+from sfumato.networks.experts import Experts
 from sfumato.training.ema import EMA
 from sfumato.training.loop import learning_rate
 from sfumato.training.optimizers import Muon, build_optimizers, orthogonalize, restore, tensors_of
@@ -84,6 +85,7 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shap
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest_each_once():
     net = nn.ModuleDict({"conv_in": nn.Conv2d(3, 8, 3), "hidden": nn.Conv2d(8, 8, 3), "tokens": nn.Embedding(5, 8)})
+    net["block"] = nn.ModuleDict({"experts": Experts(8, 2, 4, 1.0)})
     adamw, muon = build_optimizers(net, OptimizerConfig(name="muon"))
     assert isinstance(muon, Muon)
     held = [p for o in (adamw, muon) for group in o.param_groups for p in group["params"]]
@@ -91,7 +93,8 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest_each_once():
     assert len(held) == len(list(net.parameters()))
     assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(net["hidden"].weight)]
     decays = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
-    assert decays[id(net["tokens"].weight)] == decays[id(net["hidden"].bias)] == 0
+    for own in (net["tokens"].weight, net["hidden"].bias, net["block"]["experts"].bias):
+        assert decays[id(own)] == 0
     assert decays[id(net["conv_in"].weight)] > 0
 
 

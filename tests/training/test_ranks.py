@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ENV, ROOT, Watched, command, few, figures, recipe
+from runs import ENV, ROOT, Taught, Watched, command, few, figures, recipe
 
 from faults import write_pictures
 from sfumato.cli import main
@@ -68,6 +68,17 @@ def test_two_ranks_share_the_order_of_one_and_agree_with_it(root: Path, one: Pat
     assert figures(root / name)[0] == pytest.approx(figures(one)[0], abs=1e-6)
     assert figures(root / name) == pytest.approx(figures(one), rel=0.02)
     norms = [figures(folder, "norm")[0] for folder in (root / name, one)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["distill", "distill-fsdp"])
+def test_two_ranks_teach_a_student_and_its_adversary_as_one_does(root: Path, tmp_path: Path, name: str):
+    """The teacher, its text tower and the heads are called beside the student, wrapped or not."""
+    r = recipe("steps=4")
+    train(Taught(r, few(), tmp_path), r, tmp_path, Progress(quiet=True))
+    assert figures(root / name)[0] == pytest.approx(figures(tmp_path)[0], abs=1e-6)
+    assert figures(root / name) == pytest.approx(figures(tmp_path), rel=0.02)
+    norms = [figures(folder, "norm")[0] for folder in (root / name, tmp_path)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

@@ -360,16 +360,20 @@ def _check_column(source: Source, setting: str, column: str) -> None:
 
 
 def _check_values(source: Source, setting: str, column: str, values: list[Any]) -> None:
-    """A named value that no row has is a slip of the pen."""
+    """Raise BadData for a value that no row has: any that is wanted; of others, one that looks like a slip of the pen.
+
+    A recipe for many data sets may well leave out, or weigh, what this one does not have.
+    """
     present = [v for r in source.records if (v := r.row.get(column)) is not None]
     for value in values:
-        if value not in present:
-            known = sorted({str(v) for v in present})
+        if value in (map(str, present) if setting == "weights" else present):
+            continue
+        known = sorted({str(v) for v in present})
+        near = nearest(str(value), known)
+        if near or setting == "where":
             listing = f"; there are {', '.join(known)}" if len(known) <= 12 else ""
-            near = nearest(str(value), known)
-            raise BadData(
-                f"{printable(str(source.path))}: data.{setting}: no row has {column}={value!r}{near}{listing}"
-            )
+            where = printable(str(source.path))
+            raise BadData(f"{where}: data.{setting}: no row has {column}={value!r}{near}{listing}")
 
 
 def _wanted(row: Row, config: DataConfig) -> bool:
