@@ -74,6 +74,8 @@ def test_words_that_do_not_fit_are_told(run: Run, tiny_file: Path) -> None:
     assert fits.startswith("negative: too long for this model: its last ")
     _, _, none = run("generate", "fox", "--model", tiny_file, "--negative", "a", "--seed", 1, "--steps", 1)
     assert none == ""
+    _, _, tag = run("generate", "fox <lora:ink:0.8> <3", "--model", tiny_file, "--seed", 1, "--steps", 1)
+    assert tag.startswith("prompt: <lora:ink:0.8> is read as plain words: ")
 
 
 def test_several_pictures_grid_film_and_json(run: Run, tiny_file: Path, tmp_path: Path) -> None:
@@ -329,6 +331,11 @@ BAD: list[tuple[list[str], int, str]] = [
     (["interpolate", "a"], 2, "needs --prompt-to"),
     (["interpolate", "a", "--prompt-to", "b", "--frames", "1"], 2, "frames must be a whole number from 2"),
     (["interpolate", "a", "--prompt-to", "b", "--mix", "0.5"], 2, "leave out --mix"),
+    (["generate", "a", "--steps", "1", "--steps", "2"], 2, "argument --steps: is given twice"),
+    (["generate", "a", "--critic", "file.txt"], 2, "ask for them with --best-of"),
+    (["generate", "a", "--partial"], 2, "partial is for published models"),
+    (["generate", "a", "--variant", "fp16"], 2, "variant is for published models"),
+    (["generate", "a", "--memory", "low"], 2, "memory is for published models"),
     (["generate", "a", "--out", ""], 2, "empty"),
     (["generate", "a", "--out", "a.jpg"], 2, "must end in .png"),
     (["generate", "a", "--out", "a.png/"], 2, "must end in .png"),
@@ -338,7 +345,11 @@ BAD: list[tuple[list[str], int, str]] = [
     (["generate", "a", "--trajectory", "film.gif"], 2, "exists already"),
     (["generate", "a", "--trajectory", "."], 2, "must end in .gif"),
     (["generate", "a\udcff"], 2, "no text"),
-    (["train"], 2, "needs a recipe"),
+    (["train"], 2, "name a recipe"),
+    (["train", "--run", "a", "run=b", "--data", "sample"], 2, "run is given twice"),
+    (["train", "--data", "sample", "data.path=a"], 2, "data.path is given twice"),
+    (["train", "--data", "sample", "seed=1", "seed=2"], 2, "seed is given twice"),
+    (["train", "twice.yaml"], 4, "twice.yaml: not a readable YAML recipe (steps is given twice"),
     (["train", "."], 2, "train on its pictures with --data ."),
     (["train", "--data", "sample", "--run", "file.txt"], 2, "cannot write file.txt"),
     (["convert", "file.txt", "a.safetensors"], 3, "file.txt: not a safetensors file"),
@@ -362,6 +373,7 @@ def test_bad_input_is_one_line_an_exit_code_and_no_file(
 
     (tmp_path / "file.txt").write_text("some text of a foreign kind")
     (tmp_path / "film.gif").touch()
+    (tmp_path / "twice.yaml").write_text("data: {path: sample}\nsteps: 5\nsteps: 7\n")
     (tmp_path / "cut.safetensors").write_bytes(tiny_file.read_bytes()[:-100])
     save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
     before = sorted(tmp_path.iterdir())

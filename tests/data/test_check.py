@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,23 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "7: 5 good, 2 bad" in out
     assert "broken.png: damaged" in out
     assert "\x1b" not in out
+
+
+def test_words_that_cannot_be_read_are_bad_however_many_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "p"
+    root.mkdir()
+    Image.new("RGB", (8, 8)).save(root / "a.png")
+    assert main(["data", "check", str(root)]) == 0  # a folder of pictures alone
+    assert "captions      none" in capsys.readouterr().out
+    (root / "a.txt").write_bytes(b"caf\xe9")
+    assert main(["data", "check", str(root)]) == 4
+    assert "a.txt is not UTF-8 text" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "p.tar", "w") as tar:
+        for file in root.iterdir():
+            tar.add(file, file.name)
+    assert main(["data", "check", str(tmp_path / "p.tar")]) == 4
 
 
 def test_all_well_is_zero(capsys: pytest.CaptureFixture[str]) -> None:

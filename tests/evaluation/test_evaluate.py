@@ -57,7 +57,9 @@ def test_a_model(data: Path, tiny_file: Path, tmp_path: Path, capsys: pytest.Cap
     assert {f["metric"] for f in figures} == {"KID", "precision", "recall", "too near"}
     assert all(f["seed"] == 7 and f["n"] == 12 for f in figures)
     assert Image.open(tmp_path / "g.png").width == 4 * (3 * 64 + 4) - 4
-    assert main(argv) == 0  # all from the cache
+    assert main(argv) == 2  # before any work, and nothing is replaced
+    assert "f.json exists already; --force replaces it" in capsys.readouterr().err
+    assert main([*argv, "--force"]) == 0  # all from the cache
     assert (tmp_path / "f.json").read_bytes() == first
 
 
@@ -90,6 +92,10 @@ def test_settings_of_pictures_made_do_not_go_with_real_ones(
         (["--data", "sample", "--steps", "0"], "steps must be a whole number"),
         (["--data", "sample", "--sampler", "ddmi"], "unknown sampler"),
         (["--data", "sample", "--json", "/no/such/folder/f.json"], "no folder"),
+        (["--data", "sample", "--json", "f.txt"], "must end in .json"),
+        (["--data", "sample", "--grid", "g.jpg"], "must end in .png"),
+        (["--data", "sample", "--inception", "i.pth"], "--inception is for the metric fid"),
+        (["--data", "sample", "--where", "style=noto", "--where", "style=blob"], "--where names style twice"),
         (["--data", "sample", "--real"], "leave out the model"),
         (["--data", "sample", "--stepz", "3"], "unrecognized arguments"),
     ],

@@ -36,7 +36,7 @@ def test_txt2img_understands_what_tools_send(shared: Server) -> None:
     info = json.loads(answer["info"])
     assert (info["seed"], info["all_seeds"], info["sampler_name"], info["cfg_scale"]) == (7, [7, 8], "dpmpp-2m", 4.0)
     assert "Schedule type: Karras" in info["infotexts"][0]
-    assert {"hr_scale", "script_args"} <= set(info["ignored"])
+    assert {"hr_scale", "script_args", "sampler_index"} <= set(info["ignored"])
     assert answer["parameters"]["prompt"] == "a red apple"
 
     told = shared.http.post(f"{API}/png-info", json={"image": answer["images"][1]}).json()
@@ -64,6 +64,7 @@ def test_lists(shared: Server) -> None:
     ("settings", "message"),
     [
         ({"restore_faces": True}, "restore_faces is not there"),
+        ({"enable_hr": 1}, "enable_hr must be true or false"),
         ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts is not there"),
         ({"sampler_name": "best"}, "unknown sampler 'best'"),
         ({"cfg_scale": "4"}, "cfg_scale must be a number"),

@@ -298,6 +298,9 @@ def test_what_an_address_takes_is_told(shared: Server) -> None:
     answer = shared.http.put("/livez", json={})
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
     assert answer.json()["error"]["message"] == "this address takes only GET"
+    answer = shared.http.put("/jobs", json={})
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+    assert shared.http.delete("/sdapi/v1/options").headers["allow"] == "GET, POST"
     answer = shared.http.post("/jobs", content=WORDS, headers={**JSON, "content-encoding": "gzip"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (415, "bad_request")
 

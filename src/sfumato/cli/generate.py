@@ -10,6 +10,7 @@ from sfumato.cli.flags import add_model_flags, add_output_flags, add_request_fla
 from sfumato.cli.loading import load_pipeline
 from sfumato.cli.output import Target, report
 from sfumato.console import Parser
+from sfumato.errors import BadRequest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
     scale = scale_of(args.scale)
     target = Target.plan(args.out, args.force, files=1 if args.grid else request.n)
     film = None if args.trajectory is None else Target.plan_file(args.trajectory, args.force, ".gif")
+    if args.critic and request.best_of == 1:
+        raise BadRequest("--critic chooses among several pictures: ask for them with --best-of K")
     pipe = load_pipeline(args)
     request = request.resolve(pipe.model)
     warn(request, pipe)

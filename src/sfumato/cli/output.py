@@ -34,7 +34,8 @@ class Target:
     def plan(cls, out: str | None, force: bool, *, files: int) -> Target:
         """Choose folder and name of pictures; BadRequest if they cannot be written or exist without ``force``."""
         path = Path("outputs") if out is None else _path(out)
-        if out is None or os.path.isdir(path) or path.suffix == "":
+        folder = path.suffix == "" or ((out or "").endswith(("/", os.sep)) and path.suffix.lower() != ".png")
+        if out is None or os.path.isdir(path) or folder:
             check_writable(path)
             return cls(path, None, files, False)
         return cls._named(out, force, files, ".png")

@@ -54,7 +54,8 @@ def _check(args: argparse.Namespace) -> int:
     source = open_source(config.resolve(Path()))
     captions = args.captions
     if captions == "auto":
-        captions = "plain" if "caption" in source.columns else "none"
+        words = "caption" in source.columns or any(r.unreadable for r in source.records)
+        captions = "plain" if words else "none"
     findings = check(source, captions)
     if sheet is not None:
         make_folder(sheet.parent)

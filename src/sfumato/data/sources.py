@@ -46,6 +46,7 @@ class Record:
         read: returns the encoded picture; raises PictureError.
         problem: what is wrong with it already, before the picture is read.
         caption_problem: why it has no caption.
+        unreadable: whether words are there that cannot be read.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Record:
     read: Callable[[], bytes]
     problem: str | None = None
     caption_problem: str | None = None
+    unreadable: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ def _pictures(root: Path, files: list[Path]) -> Source:
         caption, problem = _read_caption(root / found[0]) if found else (None, f"{beside[0].name} is missing beside it")
         if caption is not None:
             row["caption"] = caption
-        records.append(Record(name, row, _reader(root / f), _unsupported(suffix), problem))
+        unreadable = bool(found) and caption is None
+        records.append(Record(name, row, _reader(root / f), _unsupported(suffix), problem, unreadable))
     left = [f for f in files if f not in taken]
     for f in left:
         if f.suffix.lower() in CAPTION_SUFFIXES and not governed & set(f.parents) and not _is_note(f):
@@ -213,7 +216,11 @@ def _one_line(text: str) -> str:
 def _metadata(root: Path, metadata: Path, taken: set[Path]) -> Iterator[Record]:
     """Read lines {"file_name": …, "text": …, …}; what they name is added to ``taken``."""
     folder = metadata.parent
-    for number, line in enumerate((root / metadata).read_bytes().splitlines(), 1):
+    try:
+        lines = (root / metadata).read_bytes().splitlines()
+    except OSError as e:
+        raise BadData(f"{printable(str(root / metadata))} cannot be read: {e.strerror}") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         here = f"{metadata.as_posix()} line {number}"
@@ -408,7 +415,8 @@ def _tar_record(path: Path, name: str, members: dict[str, tarfile.TarInfo], size
         problem = "cut off by the end of the shard"
     problem = problem or _unsupported(pictures[0])
     read = _reader(path, member.offset_data, member.size)
-    return Record(f"{name}{pictures[0]}", _with_caption(row), read, problem, caption_problem or "no .txt beside it")
+    missing, unreadable = caption_problem or "no .txt beside it", caption_problem is not None
+    return Record(f"{name}{pictures[0]}", _with_caption(row), read, problem, missing, unreadable)
 
 
 # ── IDX (MNIST and its kin) ────────────────────────────────────────────────────────────────────────────
@@ -461,7 +469,10 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 def _class_names(root: Path, labels: np.ndarray, split: str) -> list[str]:
     highest = int(labels.max(initial=0))
     if (root / "classes.txt").is_file():
-        names = (root / "classes.txt").read_text(encoding="utf-8").split("\n")
+        try:
+            names = (root / "classes.txt").read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as e:
+            raise BadData(f"{printable(str(root))}: classes.txt cannot be read as UTF-8 text ({e})") from None
         names = [n.strip() for n in names if n.strip()]
         if len(names) <= highest:
             raise BadData(f"{printable(str(root))}: classes.txt names {len(names)} classes, and labels go to {highest}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.console import Parser
 from sfumato.errors import BadRequest
+from sfumato.files import check_target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--grid", metavar="FILE.png", help="also draw made, real and nearest training pictures side by side"
     )
+    parser.add_argument("--force", action="store_true", help="replace the files of --json and --grid if they exist")
     parser.add_argument("--cache", metavar="DIR", help="where results are kept (default: below ~/.cache/sfumato)")
     return parser
 
@@ -95,8 +97,8 @@ def main(argv: list[str]) -> int:
         size = base_request(pipe, **settings).width or size  # settings are checked before any work
 
     console = Console(stderr=True)
-    where = dict(_condition(c) for c in args.where)
-    exclude = {k: v if isinstance(v, list) else [v] for k, v in (_condition(c) for c in args.exclude)}
+    where = _conditions("--where", args.where)
+    exclude = {k: v if isinstance(v, list) else [v] for k, v in _conditions("--exclude", args.exclude).items()}
     config = DataConfig(path=args.data, where=where, exclude=exclude)
     truth = load_truth(
         config, args.size or size, args.n, on_report=lambda r: console.print(f"data: {r.summary()}", markup=False)
@@ -121,10 +123,13 @@ def _check(args: argparse.Namespace) -> None:
     of_a_model = ([] if args.model is None else ["the model"]) + _given(args, *OF_A_MODEL)
     if args.real and of_a_model:
         raise BadRequest(f"--real measures real pictures: leave out {', '.join(of_a_model)}")
-    for name in ("json", "grid"):
-        path = getattr(args, name)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise BadRequest(f"--{name}: no folder {Path(path).absolute().parent}")
+    for name, suffix in (("json", ".json"), ("grid", ".png")):
+        if path := getattr(args, name):
+            if not Path(path).absolute().parent.is_dir():
+                raise BadRequest(f"--{name}: no folder {Path(path).absolute().parent}")
+            check_target(Path(path), suffix, overwrite=args.force)
+    if args.inception is not None and "fid" not in (args.metrics or ""):
+        raise BadRequest("--inception is for the metric fid: ask for it with --metrics, or leave --inception out")
     if args.size is not None and not 8 <= args.size <= 1024:
         raise BadRequest(f"--size must lie from 8 to 1024, not {args.size}")
 
@@ -159,7 +164,7 @@ def _write(args: argparse.Namespace, report: Report, yardstick: Yardstick, pipe:
         from sfumato.evaluation.measure import make_pictures
 
         made, _ = make_pictures(pipe, yardstick.truth, yardstick.cache, **settings)  # from the cache
-        write_atomically(Path(args.grid), draw_grid(yardstick, made))
+        write_atomically(Path(args.grid), draw_grid(yardstick, made), overwrite=args.force)
 
 
 def _write_json(args: argparse.Namespace, report: Report) -> None:
@@ -168,7 +173,8 @@ def _write_json(args: argparse.Namespace, report: Report) -> None:
     from sfumato.files import write_atomically
 
     if args.json:
-        write_atomically(Path(args.json), (json.dumps(report.to_dict(), indent=1) + "\n").encode())
+        data = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
+        write_atomically(Path(args.json), data, overwrite=args.force)
 
 
 def draw_grid(yardstick: Yardstick, made: dict[str, Tensor], per_split: int = 12, columns: int = 4) -> bytes:
@@ -198,6 +204,15 @@ def draw_grid(yardstick: Yardstick, made: dict[str, Tensor], per_split: int = 12
     file = io.BytesIO()
     page.save(file, "PNG")
     return file.getvalue()
+
+
+def _conditions(flag: str, texts: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for column, value in map(_condition, texts):
+        if column in found:
+            raise BadRequest(f"{flag} names {column} twice: write {column}=A,B")
+        found[column] = value
+    return found
 
 
 def _condition(text: str) -> tuple[str, Any]:

@@ -116,6 +116,9 @@ def load(
             raise BadRequest(f"{display}: what can be added to published models cannot be added to this one")
         if dtype != "fp32":
             raise BadRequest(f"{display}: a model of our own computes in fp32; other types are for published models")
+        for flag, given in (("variant", variant), ("partial", partial), ("memory", memory != "auto")):
+            if given:
+                raise BadRequest(f"{display}: {flag} is for published models, not for one of our own: leave it out")
         return replace(load_native(path, display, read_tensors(path), metadata, sha256(path)), critic=judge)
 
     ingredients = tuple(additions.ingredients())  # a missing file is told before the model is read

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -401,6 +402,9 @@ class Pipeline:
     def _warnings(self, request: Request, canvas: Canvas | None) -> tuple[str, ...]:
         cut = {name: self.model.truncated(getattr(request, name) or "") for name in ("prompt", "negative", "prompt_to")}
         told = [f"{k}: too long for this model: its last {n} tokens are left out" for k, n in cut.items() if n]
+        for name in cut:
+            if tag := _TAG.search(getattr(request, name) or ""):
+                told.append(f"{name}: {tag[0]} is read as plain words: add files to the model where it is loaded")
         if canvas is not None and canvas.told and request.init is not None:
             told.append(f"{PurePath(request.init.name).name or 'init'}: {', '.join(canvas.told)}")
         return tuple(told)
@@ -415,6 +419,9 @@ class Pipeline:
             "dtype": _NAMES.get(next(self.model.network.parameters()).dtype, "fp32"),
             **({} if self.tile is None else {"tile": self.tile}),
         }
+
+
+_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,80}>")  # how other programs name files within a prompt
 
 
 def load(

@@ -232,6 +232,8 @@ def _read(
         settings["seed"] = seed
     settings["n"] = _count(left.pop("batch_size", 1)) * _count(left.pop("n_iter", 1))
     _read_sampler(left, settings)
+    if not isinstance(left.get("enable_hr", False), bool):
+        fail(422, "enable_hr must be true or false")
     if "hires" in OURS and left.get("enable_hr") is True:
         del left["enable_hr"]
         settings |= {"hires": left.pop("hr_scale", 2.0), "hires_strength": left.pop("denoising_strength", 0.75)}
@@ -251,8 +253,9 @@ def _read_sampler(left: dict[str, Any], settings: dict[str, Any]) -> None:
     """Their sampler and scheduler; older clients write both as one name."""
     from sfumato.server.metadata import read_sampler
 
-    name = left.pop("sampler_name", None) or left.pop("sampler_index", None)
-    left.pop("sampler_index", None)
+    name = left.pop("sampler_name", None) or left.get("sampler_index")
+    if left.get("sampler_index") == name:  # another one is their program's default, and ignored there as well
+        left.pop("sampler_index", None)
     if name is not None:
         settings |= read_sampler(name)
     if (spacing := left.pop("scheduler", None)) is not None and str(spacing).lower() != "automatic":

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.routing import Match, Route
 from starlette.staticfiles import StaticFiles
 
 from sfumato.errors import BadRequest, SfumatoError
@@ -103,8 +104,16 @@ def build_app(context: Context) -> Any:
     )  # fmt: skip
 
 
+def _methods(request: Request) -> list[str]:
+    """What an address takes, of all its routes; the framework names that of the first alone."""
+    routes = [r for r in request.app.routes if isinstance(r, Route)]
+    return sorted({m for r in routes if r.matches(request.scope)[0] is not Match.NONE for m in r.methods or ()})
+
+
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):  # of a query; its values are not repeated
         first = error.errors()[0]
         error = ApiError(422, f"{'.'.join(str(p) for p in first['loc'][1:])}: {first['msg']}")
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        error.headers = {"Allow": ", ".join(_methods(request))}
     return error_response(request.url.path, error)

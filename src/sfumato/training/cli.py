@@ -30,16 +30,22 @@ def main(argv: list[str]) -> int:
     if args.recipe and "=" in args.recipe:
         overrides.insert(0, args.recipe)
         args.recipe = None
+    from sfumato.errors import BadRequest
+
+    keys = [o.partition("=")[0] for o in overrides]
+    keys += ["run"] if args.run is not None else []
+    keys += ["data.path"] if args.data is not None else []
+    if twice := next((k for k in keys if keys.count(k) > 1), None):
+        raise BadRequest(f"{twice} is given twice: leave one of them out")
     for place in [o for o in overrides if o.startswith("run=")]:  # torchrun takes --run for an option of its own
         overrides.remove(place)
         args.run = place.removeprefix("run=")
 
-    from sfumato.errors import BadRequest
     from sfumato.files import check_writable
     from sfumato.training.recipe import build_recipe, load_recipe
 
     if args.recipe is None and args.data is None:
-        raise BadRequest("sfumato train needs a recipe (such as recipes/tiny.yaml) or --data FOLDER")
+        raise BadRequest("name a recipe (such as recipes/tiny.yaml) or pictures by --data FOLDER")
     if args.recipe is not None and Path(args.recipe).is_dir():
         raise BadRequest(f"{args.recipe} is a folder, not a recipe: train on its pictures with --data {args.recipe}")
     if args.recipe is None:

@@ -282,13 +282,23 @@ class Recipe:
             raise BadData("recipe: muon needs whole matrices, fsdp cuts them: use adamw, or parallel: ddp")
 
 
+class _Once(yaml.SafeLoader):
+    """Plain YAML in which no key of a mapping comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise yaml.constructor.ConstructorError(problem=f"{twice} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Read a YAML recipe and apply ``key=value`` overrides.
 
     Raises BadData for an unreadable file, an unknown key (naming the nearest) or a value of the wrong type.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except FileNotFoundError:
         raise BadData(f"no recipe at {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
