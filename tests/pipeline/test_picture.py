@@ -100,7 +100,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_path_that_cannot_be_written_is_a_bad_request(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file" / "fox.png", tmp_path / "missing" / "fox.png", tmp_path / ("x" * 300)):
+    places = ("file/fox.png", "missing/fox.png", "x" * 300, "fox.jpg", "fox.WEBP")
+    for path in (tmp_path / place for place in places):
         with pytest.raises(BadRequest, match="cannot write"):
             picture().save(path)
 

@@ -29,6 +29,7 @@ FORMAT = 1  # of the JSON record
 MAX_FILE = 64 << 20  # bytes
 MAX_PIXELS = 1 << 25
 MAX_SCALE = 64
+OTHER_KINDS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 SHOWN = 256  # pixels of the longer side, at least, for a picture that is to be looked at
 
 
@@ -86,9 +87,12 @@ class Picture:
     def save(self, path: str | os.PathLike[str], *, scale: int = 1, overwrite: bool = True) -> Path:
         """Write the PNG all at once or not at all, and return its path.
 
-        Raises BadRequest for a path that cannot be written or, without ``overwrite``, exists.
+        Raises BadRequest for a path that cannot be written, is named as another kind of picture or, without
+        ``overwrite``, exists.
         """
         path = Path(path)
+        if path.suffix.lower() in OTHER_KINDS:
+            raise BadRequest(f"cannot write {path}: a picture keeps its request in a PNG; its name must end in .png")
         write_atomically(path, self.encode(scale), overwrite=overwrite)
         return path
 
