@@ -16,7 +16,7 @@ from sfumato.checkpoints.tensors import read_header, read_tensors, to_half
 from sfumato.config import from_dict, to_dict
 from sfumato.families.autoencoder import FORMAT as AUTOENCODER
 from sfumato.families.native import Native, NativeConfig, metadata, read_native
-from sfumato.networks.compact import CompactAutoencoder, CompactConfig
+from sfumato.networks.compact import CompactAutoencoder, CompactConfig, deepened
 from sfumato.pipeline.pipeline import load
 from sfumato.text.tokenizer import packaged_clip
 
@@ -96,10 +96,17 @@ def test_another_decoder_must_be_of_the_same_latents_and_shape(trained: Path, tm
     assert done.returncode == 0, done.stderr
     bias = "autoencoder.decoder.0.bias"
     assert torch.equal(read_tensors(tmp_path / "new.safetensors")[bias], own.state_dict()["decoder.0.bias"].half())
-    deeper = CompactAutoencoder(from_dict(CompactConfig, {**SHAPE, "decoder_blocks": 2}, "test"))
+    done = embed(trained, tmp_path / "deep.safetensors", "--autoencoder", str(stored(deepened(own, 3), "deep")))
+    assert done.returncode == 0, done.stderr
+    deep = read_native(tmp_path / "deep.safetensors").autoencoder
+    assert deep is not None
+    assert deep.config.decoder_blocks == 3
+    z = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(deep.decode(z), own.decode(z), atol=2e-2, rtol=2e-2)  # kernels of eight bits
+    wider = CompactAutoencoder(from_dict(CompactConfig, {**SHAPE, "widths": [8, 16]}, "test"))
     with torch.no_grad():
         own.mean.add_(1.0)
-    for other, said in ((deeper, "decoder_blocks=2"), (own, "mean differs")):
+    for other, said in ((wider, "widths=(8, 16)"), (own, "mean differs")):
         done = embed(trained, tmp_path / "bad.safetensors", "--autoencoder", str(stored(other, "other")))
         assert done.returncode == 2
         assert said in done.stderr

@@ -4,9 +4,9 @@
         [--autoencoder FILE] [--whole]
 
 The word table, which stays as it was laid out from word vectors, is kept as floats of eight bits (E4M3: 2209.05433),
-and the denoiser's and the text tower's matrices as whole numbers of eight bits with a scale for each row, so that more
-of them fit a file; how much is lost is printed. All else is fp16. ``--whole`` keeps the matrices in fp16, too. What is
-embedded already may be embedded again, with another decoder, card or defaults: its weights stay what they are.
+and the denoiser's and the text tower's matrices and the decoder's kernels as whole numbers of eight bits with a scale
+for each row, so that more of them fit a file; how much is lost is printed. All else is fp16. ``--whole`` keeps them in
+fp16, too. What is embedded already may be embedded again, with another decoder, card or defaults: its weights stay.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sfumato.files import write_atomically
 from sfumato.training.recipe import load_recipe
 
 WORDS = "text.tokens.weight"
+DECODER = "autoencoder.decoder."
 SMALL = 4096  # numbers; matrices of fewer are not worth it
 
 
@@ -46,40 +47,47 @@ def main() -> None:
     tensors = unpack(read_tensors(args.source))
     meta = json.loads(read_header(args.source).metadata[FORMAT])
     config = replace(from_dict(NativeConfig, meta["config"], "config"), defaults=recipe.model.defaults)
-    table = tensors[WORDS].float()
-    tensors[WORDS] = table.to(torch.float8_e4m3fn)
-    print(f"words: {lost(tensors[WORDS].float(), table):.4%} of their energy lost")
-    matrices = [
-        k for k, v in tensors.items()
-        if k.startswith(("network.", "text.")) and k != WORDS and v.ndim in (2, 3) and v.numel() >= SMALL
-    ]  # fmt: skip
-    before = {k: tensors.pop(k) for k in matrices}
-    if args.whole:
-        tensors |= to_half(before)
-    elif matrices:
-        packed = {name: t for k, v in before.items() for name, t in pack(k, v).items()}
-        after = unpack(packed)
-        worst = max(matrices, key=lambda k: lost(after[k], before[k]))
-        print(f"{len(matrices)} matrices: at most {lost(after[worst], before[worst]):.4%} ({worst})")
-        tensors |= packed
     if args.autoencoder:
         network = load_autoencoder(args.autoencoder)
-        if network.config != config.autoencoder:
+        if config.autoencoder is None:
+            parser.error(f"{args.source} has no autoencoder")
+        if network.config != replace(config.autoencoder, decoder_blocks=network.config.decoder_blocks):
             parser.error(f"{args.autoencoder} holds {network.config}, but {args.source} {config.autoencoder}")
-        learned = network.state_dict()
+        learned = {f"autoencoder.{k}": v for k, v in network.state_dict().items()}
         for k, v in learned.items():
-            if not k.startswith("decoder.") and not torch.equal(v.half(), tensors[f"autoencoder.{k}"]):
+            if not k.startswith(DECODER) and not torch.equal(v.half(), tensors[k]):
                 parser.error(f"{args.autoencoder} has other latents than {args.source}: {k} differs")
-        tensors |= to_half({f"autoencoder.{k}": v for k, v in learned.items()})
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(DECODER)} | to_half(learned)
+        config = replace(config, autoencoder=network.config)
     if args.preview:
         decoder = load_preview(args.preview)
         tensors |= to_half({f"preview.{k}": v for k, v in decoder.state_dict().items()})
         config = replace(config, preview=decoder.config)
+    table = tensors[WORDS].float()
+    tensors[WORDS] = table.to(torch.float8_e4m3fn)
+    print(f"words: {lost(tensors[WORDS].float(), table):.4%} of their energy lost")
+    chosen = [k for k, v in tensors.items() if k != WORDS and v.numel() >= SMALL and _is_matrix(k, v)]
+    before = {k: tensors.pop(k) for k in chosen}
+    if args.whole:
+        tensors |= to_half(before)
+    elif chosen:
+        packed = {name: t for k, v in before.items() for name, t in pack(k, v).items()}
+        after = unpack(packed)
+        worst = max(chosen, key=lambda k: lost(after[k], before[k]))
+        print(f"{len(chosen)} matrices and kernels: at most {lost(after[worst], before[worst]):.4%} ({worst})")
+        tensors |= packed
     card = {**meta["card"], "name": args.target.stem, **recipe.card}
     stored = {"config": to_dict(config), "tokenizer": meta["tokenizer"], "card": card}
     write_atomically(args.target, save(tensors, {FORMAT: json.dumps(stored)}))
     numbers = sum(t.numel() for t in tensors.values())
     print(f"{args.target}: {numbers / 1e6:.2f} million parameters, {args.target.stat().st_size / 1e6:.2f} MB")
+
+
+def _is_matrix(name: str, weight: Tensor) -> bool:
+    """Whether it is a matrix, or a stack of them, of denoiser or text tower, or a kernel of the decoder."""
+    return (name.startswith(("network.", "text.")) and weight.ndim in (2, 3)) or (
+        name.startswith(DECODER) and weight.ndim == 4
+    )
 
 
 def lost(kept: Tensor, whole: Tensor) -> float:

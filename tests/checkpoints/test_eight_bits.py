@@ -32,6 +32,17 @@ def test_an_error_is_at_most_half_a_scale_whatever_the_magnitude(
     torch.testing.assert_close(unpack(made)["w"], (made["w"].double() * scale).float(), atol=0, rtol=1e-6)
 
 
+def test_a_kernel_has_one_scale_for_each_output() -> None:
+    w = (
+        torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-3, 1, 6)[:, None, None, None]
+    )
+    made = pack("w", w)
+    assert made["w_scale"].shape == (6, 1, 1, 1)
+    assert made["w"].abs().amax((1, 2, 3)).tolist() == [127] * 6
+    assert ((unpack(made)["w"] - w).abs() <= 0.51 * made["w_scale"].float()).all()
+
+
 def test_of_gaussian_rows_a_hundredth_of_the_deviation_is_lost() -> None:
     w = torch.randn(64, 320, generator=torch.Generator().manual_seed(0))
     assert (unpack(pack("w", w))["w"] - w).square().mean().sqrt() < 0.01

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.networks.compact import CompactAutoencoder, CompactConfig, PatchDiscriminator
+from sfumato.networks.compact import CompactAutoencoder, CompactConfig, PatchDiscriminator, Residual, deepened
 
 
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -63,6 +63,24 @@ def test_a_residual_network_starts_as_linear_maps() -> None:
     x, y = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
     zero = body(torch.zeros_like(x))
     torch.testing.assert_close(body(x + y) - zero, (body(x) - zero) + (body(y) - zero), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_a_deepened_decoder_starts_as_it_was(blocks: int) -> None:
+    torch.manual_seed(0)
+    network = CompactAutoencoder(CompactConfig(3, (8, 12), decoder_blocks=1))
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    network.mean.fill_(0.3)
+    network.deviation.fill_(2.0)
+    deeper = deepened(network, blocks)
+    assert deeper.config.decoder_blocks == blocks
+    assert sum(isinstance(layer, Residual) for layer in deeper.decoder) == 2 * blocks
+    z, pictures = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 16, 16)
+    assert torch.equal(deeper.decode(z), network.decode(z))
+    assert torch.equal(deeper.encode(pictures), network.encode(pictures))
+    with pytest.raises(ValueError, match="it cannot be given 0"):
+        deepened(network, 0)
 
 
 def test_the_discriminator_judges_patches() -> None:

@@ -11,7 +11,7 @@ Shapes: B pictures, C latent channels, W_l the width of level l.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,26 @@ class CompactAutoencoder(nn.Module):
 
     def _channels(self, v: Tensor) -> Tensor:
         return v[:, None, None]
+
+
+def deepened(network: CompactAutoencoder, blocks: int) -> CompactAutoencoder:
+    """The same autoencoder with so many blocks per resolution of its decoder; new ones start as the identity.
+
+    Raises ValueError for fewer blocks than there are.
+    """
+    before = network.config.decoder_blocks
+    if blocks < before:
+        raise ValueError(f"the decoder has {before} blocks per resolution: it cannot be given {blocks}")
+    deeper = CompactAutoencoder(replace(network.config, decoder_blocks=blocks))
+    old = [layer.state_dict() for layer in network.decoder]
+    in_a_row = 0
+    for layer in deeper.decoder:
+        in_a_row = in_a_row + 1 if isinstance(layer, Residual) else 0
+        if in_a_row <= before:
+            layer.load_state_dict(old.pop(0))
+    shared = {k: v for k, v in network.state_dict().items() if not k.startswith("decoder.")}
+    deeper.load_state_dict(deeper.state_dict() | shared)
+    return deeper
 
 
 @dataclass(frozen=True)

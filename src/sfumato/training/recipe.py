@@ -131,6 +131,8 @@ class DecoderRecipe:
     Args:
         size: side of the pictures in pixels.
         network: a small one, for previews; null: the autoencoder's own goes on learning, its encoder as it is.
+        blocks: residual blocks per resolution of the autoencoder's own decoder, the new ones starting as the identity;
+            null: as many as it has.
         square, perceptual: weights of the squared error and of LPIPS beside the mean absolute error.
         noise: largest share of noise in the latents: a look on the way must bear what is not yet clean.
         model: file of a model on these latents; given, every other picture comes from latents that it drew back, in
@@ -139,6 +141,7 @@ class DecoderRecipe:
 
     size: int = 64
     network: PreviewConfig | None = field(default_factory=PreviewConfig)
+    blocks: int | None = None
     square: float = 0.0
     perceptual: float = 0.1
     noise: float = 0.3
@@ -147,6 +150,8 @@ class DecoderRecipe:
     steps: int = 8
 
     def __post_init__(self) -> None:
+        if self.blocks is not None and self.network is not None:
+            raise BadData("recipe: decoder.blocks is for the autoencoder's own decoder: set decoder.network to null")
         low, high = self.strength
         if not 0 < low <= high <= 1:
             raise ValueError(f"decoder: strength is two shares in (0, 1], the lower first, not {list(self.strength)}")

@@ -110,6 +110,7 @@ def _latents(recipe: Recipe, pictures: Pictures, root: Path, run: Path) -> tuple
 
 def _decoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
     from sfumato.families.autoencoder import load_autoencoder
+    from sfumato.networks.compact import deepened
     from sfumato.training.decoder import DecoderTask
     from sfumato.training.redrawn import load_latent_model, redrawn
 
@@ -128,6 +129,11 @@ def _decoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) ->
             f"recipe: decoder.network has {ours.latent_channels} latent channels and factor {ours.factor}, but "
             f"{root / recipe.latents.autoencoder} has {theirs.latent_channels} and {theirs.factor}"
         )
+    if recipe.decoder.blocks is not None:
+        try:
+            network = deepened(network, recipe.decoder.blocks)
+        except ValueError as e:
+            raise BadData(f"recipe: decoder.blocks: {e}") from None
     again = None
     if recipe.decoder.model:
         path = root / recipe.decoder.model
