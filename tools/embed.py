@@ -85,9 +85,9 @@ def main() -> None:
 
 def _is_matrix(name: str, weight: Tensor) -> bool:
     """Whether it is a matrix, or a stack of them, of denoiser or text tower, or a kernel of the decoder."""
-    return (name.startswith(("network.", "text.")) and weight.ndim in (2, 3)) or (
-        name.startswith(DECODER) and weight.ndim == 4
-    )
+    if name.startswith(DECODER):
+        return weight.ndim == 4
+    return name.startswith(("network.", "text.")) and weight.ndim in (2, 3)
 
 
 def lost(kept: Tensor, whole: Tensor) -> float:
