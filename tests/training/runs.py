@@ -82,7 +82,8 @@ def states(folder: Path) -> dict[str, bytes]:
 def command(folder: Path, *overrides: str, ranks: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     recipe_path = str(ROOT / "recipes/tiny.yaml")
-    return [sys.executable, *launcher, "-m", "sfumato", "train", recipe_path, *SMALL, *overrides, f"run={folder}"]
+    settings = {o.partition("=")[0]: o for o in (*SMALL, *overrides, f"run={folder}")}  # the command takes none twice
+    return [sys.executable, *launcher, "-m", "sfumato", "train", recipe_path, *settings.values()]
 
 
 class Watched(DenoiserTask):

