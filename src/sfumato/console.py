@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         for name in (None, "store"):
             self.register("action", name, _Once)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as ``argparse`` does, with no flag given yet."""
         for action in self._actions:
             if isinstance(action, _Once):

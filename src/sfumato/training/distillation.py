@@ -36,7 +36,7 @@ class Student(Native):
         super().__init__(config, tokenizer, whole=False)
         self.heads = Heads(self.network.state_widths)
 
-    def forward(self, *told: Any, seen: tuple[States, States] | None = None) -> Any:
+    def forward(self, *told: Any, seen: tuple[States, States] | None = None) -> Any:  # type: ignore[override]
         """What the model says, as ``Native`` does; or of what is seen the losses of model and heads, (B,) each."""
         return super().forward(*told) if seen is None else opposed(self.heads, *seen)
 

@@ -187,7 +187,7 @@ class _Learner:
         self.wrapped = world.wrap(self.module, recipe.parallel)
         self.network = torch.compile(self.wrapped) if recipe.compile else self.wrapped
         self.optimizers = build_optimizers(self.module, recipe.optimizer, precision == "bf16")
-        self.names = {p: name for name, p in self.module.named_parameters()}
+        self.names: dict[Tensor, str] = {p: name for name, p in self.module.named_parameters()}
         self.rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.ema = EMA(self.module, recipe.ema)
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
