@@ -264,10 +264,10 @@ class _Learner:
         shapes, weights = checkpoint.shapes(), self._weights()
         differing = _differing(checkpoint.plain["recipe"], self.recipe) if "recipe" in checkpoint.plain else []
         if {k: v for k, v in shapes.items() if not k.startswith("optimizer.")} != _shapes(weights, checkpoint):
-            differing.append("the weights' shapes")
+            differing.append("the weights' shapes")  # and so the optimizer's
         moments = {f"optimizer.{k}": v for k, v in empty_state(self.optimizers, self.names).items()}
         stored = {k: v for k, v in shapes.items() if k.startswith("optimizer.")}
-        if not stored.items() <= _shapes(moments, checkpoint).items():
+        if not differing and not stored.items() <= _shapes(moments, checkpoint).items():
             differing.append("the optimizer's state")
         if differing:
             raise BadData(
