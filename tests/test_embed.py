@@ -81,6 +81,22 @@ def test_embedding_again_changes_no_weight(trained: Path, tmp_path: Path) -> Non
     assert {v.dtype for k, v in last.items() if k != "text.tokens.weight"} == {torch.half}
 
 
+def test_the_mean_of_two_denoisers_is_a_model(trained: Path, tmp_path: Path) -> None:
+    tensors = dict(read_tensors(trained))
+    tensors |= {k: -3 * v for k, v in tensors.items() if k.startswith("network.")}
+    save_file(tensors, tmp_path / "other.safetensors", dict(read_header(trained).metadata))
+    done = embed(trained, tmp_path / "mean.safetensors", "--average", str(tmp_path / "other.safetensors"), "--whole")
+    assert done.returncode == 0, done.stderr
+    found, first = read_tensors(tmp_path / "mean.safetensors"), read_tensors(trained)
+    for k, v in first.items():
+        if k != "text.tokens.weight":
+            torch.testing.assert_close(found[k], -v if k.startswith("network.") else v, atol=1e-3, rtol=1e-3)
+    del tensors["network.conv_out.bias"]
+    save_file(tensors, tmp_path / "other.safetensors")
+    done = embed(trained, tmp_path / "bad.safetensors", "--average", str(tmp_path / "other.safetensors"))
+    assert (done.returncode, "network.conv_out.bias differs" in done.stderr) == (2, True)
+
+
 def test_another_decoder_must_be_of_the_same_latents_and_shape(trained: Path, tmp_path: Path) -> None:
     def stored(network: CompactAutoencoder, name: str) -> Path:
         path = tmp_path / f"{name}.safetensors"

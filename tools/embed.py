@@ -1,12 +1,14 @@
 """A trained model of our own as the embedded one: its matrices in eight bits, its card and defaults set.
 
     python tools/embed.py RUN/final.safetensors src/sfumato/models/NAME.safetensors RECIPE.yaml [--preview FILE]
-        [--autoencoder FILE] [--whole]
+        [--autoencoder FILE] [--average FILE] [--whole]
 
 The word table, which stays as it was laid out from word vectors, is kept as floats of eight bits (E4M3: 2209.05433),
 and the denoiser's and the text tower's matrices and the decoder's kernels as whole numbers of eight bits with a scale
 for each row, so that more of them fit a file; how much is lost is printed. All else is fp16. ``--whole`` keeps them in
-fp16, too. What is embedded already may be embedded again, with another decoder, card or defaults: its weights stay.
+fp16, too. ``--average`` takes the mean of the denoiser's weights with those of another model of its shape, such as the
+one that it was trained on from (2109.01903): that one's breadth, and what this one learned besides. What is embedded
+already may be embedded again, with another decoder, card or defaults: its weights stay.
 """
 
 from __future__ import annotations
@@ -41,12 +43,19 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--preview", type=Path, help="a decoder for previews, where the model was trained without one")
     parser.add_argument("--autoencoder", type=Path, help="the same latents with a decoder that learned on")
+    parser.add_argument("--average", type=Path, help="another model, to the mean of whose denoiser and this one's")
     parser.add_argument("--whole", action="store_true", help="matrices in fp16")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, [])
     tensors = unpack(read_tensors(args.source))
     meta = json.loads(read_header(args.source).metadata[FORMAT])
     config = replace(from_dict(NativeConfig, meta["config"], "config"), defaults=recipe.model.defaults)
+    if args.average:
+        other = unpack(read_tensors(args.average))
+        for k in [k for k in tensors if k.startswith("network.")]:
+            if k not in other or other[k].shape != tensors[k].shape:
+                parser.error(f"{args.average} has another denoiser than {args.source}: {k} differs")
+            tensors[k] = ((tensors[k].float() + other[k].float()) / 2).half()
     if args.autoencoder:
         network = load_autoencoder(args.autoencoder)
         if config.autoencoder is None:
