@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distillation import VAE, Table, batch, distill, forget_the_end, ideal, latent, train
+from test_distillation import VAE, Table, batch, distill, forget_the_end, ideal, latent, on_pixels, train
 from torch import Tensor
 
 from sfumato.diffusion import PARAMETERIZATIONS, SCHEDULES, SPACINGS
@@ -47,7 +47,7 @@ def test_the_losses_are_the_hinges() -> None:
         torch.nn.init.normal_(p)
     real, made = states(0), states(1)
     fooled, own = opposed(heads, real, made)
-    of_real, of_made = heads(real), heads(made)
+    of_real, of_made = heads(*real), heads(*made)
     assert of_real.shape == (4, 8)
     assert (of_real > 1).any()
     assert (of_real < 1).any()
@@ -179,10 +179,6 @@ def test_heads_learn_and_stay_out_of_the_model(teacher: Path, tmp_path: Path) ->
 
 
 def test_a_unet_is_a_teachers_eye_too(tmp_path: Path) -> None:
-    raw = latent("")
-    raw["model"] = {k: v for k, v in raw["model"].items() if k not in ("autoencoder", "transformer")}
-    raw["model"] |= {"network": {"widths": [8, 16], "attention": [False, True], "context_dim": 16}}
-    del raw["latents"]
-    teacher = train(raw, tmp_path, "pixels", "steps=2")
+    teacher = train(on_pixels(), tmp_path, "pixels", "steps=2")
     student = train(distill(teacher, steps=1, substeps=2, adversarial=1.0), tmp_path, "student", "steps=2")
     assert load_file(student).keys() == load_file(teacher).keys()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_latent import COMMON, VAE, forget_the_end, latent, train
+from test_latent import COMMON, VAE, forget_the_end, latent, on_pixels, train
 from torch import Tensor
 
 from sfumato.checkpoints.tensors import read_header
@@ -216,11 +216,8 @@ def test_the_teacher_is_followed_with_its_guidance(teacher: Path, tmp_path: Path
 
 
 def test_pixels_and_a_learned_vocabulary_are_the_teachers(tmp_path: Path) -> None:
-    raw = latent("")
-    raw["model"] = {k: v for k, v in raw["model"].items() if k not in ("autoencoder", "transformer")}
-    raw["model"] |= {"network": {"widths": [8, 16], "attention": [False, True], "context_dim": 16}}
+    raw = on_pixels()
     raw["model"]["text"] |= {"tokenizer": "learned"}
-    del raw["latents"]
     teacher = train(raw, tmp_path, "pixels")
     student = train(distill(teacher, steps=1, substeps=2), tmp_path, "student", "batch=2", "steps=1")
     assert read_native(student).text.tokenizer.to_str() == read_native(teacher).text.tokenizer.to_str()

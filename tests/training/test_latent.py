@@ -59,6 +59,13 @@ def latent(autoencoder: str) -> dict:
     }  # fmt: skip
 
 
+def on_pixels() -> dict:
+    raw = latent("")
+    kept = {k: v for k, v in raw["model"].items() if k not in ("autoencoder", "transformer")}
+    network = {"widths": [8, 16], "attention": [False, True], "context_dim": 16}
+    return {**{k: v for k, v in raw.items() if k != "latents"}, "model": {**kept, "network": network}}
+
+
 def train(recipe: dict, folder: Path, name: str, *overrides: str) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -472,10 +479,7 @@ def test_what_does_not_fit_is_refused_in_one_line(vae: Path, tmp_path: Path) -> 
         train({**VAE, "task": "autoencode"}, tmp_path, "d")
     with pytest.raises(BadData, match="task: autoencoder does not read objective"):
         train({**VAE, "objective": {"weight": "min-snr"}}, tmp_path, "e")
-    pixels = latent("")
-    pixels["model"] = {k: v for k, v in pixels["model"].items() if k not in ("autoencoder", "transformer")}
-    pixels["model"] |= {"network": {"widths": [8], "attention": [True], "context_dim": 16}}
-    pixels["latents"] = {"text": "/nowhere"}
+    pixels = {**on_pixels(), "latents": {"text": "/nowhere"}}
     with pytest.raises(BadData, match=r"needs latents\.autoencoder"):
         train(pixels, tmp_path, "f")
     aligned = latent(str(vae))

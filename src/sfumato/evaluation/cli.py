@@ -82,6 +82,8 @@ def main(argv: list[str]) -> int:
     from sfumato.pipeline.pipeline import load
 
     metrics = DEFAULT if args.metrics is None else check_metrics([m.strip() for m in args.metrics.split(",")])
+    if args.inception is not None and "fid" not in metrics:
+        raise BadRequest("--inception is for the metric fid: ask for it with --metrics, or leave --inception out")
     if args.grid and not set(metrics) & {"fd", "kid", "pr", "judge", "nearest"}:
         raise BadRequest("--grid shows nearest training pictures: ask for the metric nearest too")
     settings: dict[str, Any] = {k: getattr(args, k) for k in ("steps", "sampler", "guidance")}
@@ -128,8 +130,6 @@ def _check(args: argparse.Namespace) -> None:
             if not Path(path).absolute().parent.is_dir():
                 raise BadRequest(f"--{name}: no folder {Path(path).absolute().parent}")
             check_target(Path(path), suffix, overwrite=args.force)
-    if args.inception is not None and "fid" not in (args.metrics or ""):
-        raise BadRequest("--inception is for the metric fid: ask for it with --metrics, or leave --inception out")
     if args.size is not None and not 8 <= args.size <= 1024:
         raise BadRequest(f"--size must lie from 8 to 1024, not {args.size}")
 

@@ -36,7 +36,7 @@ class Heads(nn.Module):
         # Not a list: FSDP shards a list's items apart, where ``opposed`` could not take their weights.
         self.layers = nn.ModuleDict({str(i): _head(d) for i, d in enumerate(widths)})
 
-    def forward(self, states: States) -> Tensor:
+    def forward(self, *states: Tensor) -> Tensor:
         """Opinions of all layers' cells."""
         return torch.cat([head(s)[..., 0] for head, s in zip(self.layers.values(), states, strict=True)], 1)
 
@@ -46,12 +46,16 @@ def _head(width: int) -> nn.Module:
     return nn.Sequential(norm, nn.Linear(width, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 1))
 
 
-def opposed(heads: Heads, real: States, made: States) -> tuple[Tensor, Tensor]:
-    """The student's loss and the heads' own, (B,) each: neither moves the other's weights."""
-    fixed = {k: v.detach() for k, v in heads.named_parameters()}
-    fooled = -functional_call(heads, fixed, (made,)).float().mean(1)
-    of_real, of_made = heads(real).float(), heads([s.detach() for s in made]).float()
-    return fooled, (F.relu(1 - of_real) + F.relu(1 + of_made)).mean(1)
+def opposed(judge: nn.Module, real: States, made: States) -> tuple[Tensor, Tensor]:
+    """The loss of who made it and the judge's own, (B,) each: neither moves the other's weights.
+
+    Args:
+        judge: what it is given, one tensor or several → opinions (B, …).
+    """
+    fixed = {k: v.detach() for k, v in judge.named_parameters()}
+    fooled = -functional_call(judge, fixed, tuple(made)).float().flatten(1).mean(1)
+    of_real, of_made = judge(*real).float(), judge(*(v.detach() for v in made)).float()
+    return fooled, (F.relu(1 - of_real) + F.relu(1 + of_made)).flatten(1).mean(1)
 
 
 def noised(x: Tensor, level: NoiseLevel, noisier: NoiseLevel, eps: Tensor) -> Tensor:

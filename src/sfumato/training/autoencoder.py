@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from sfumato.checkpoints.tensors import to_half
 from sfumato.config import to_dict
@@ -26,6 +24,7 @@ from sfumato.families.autoencoder import FORMAT
 from sfumato.families.pretrained import load_lpips
 from sfumato.files import write_atomically
 from sfumato.networks.compact import CompactAutoencoder, PatchDiscriminator
+from sfumato.training.adversary import opposed
 from sfumato.training.draws import draws
 from sfumato.training.grid import write_sheet
 from sfumato.training.objective import Losses
@@ -67,10 +66,7 @@ class Game(nn.Module):
             loss = loss + w.perceptual * self.perceptual.to(y.device)(y, x).float()
         if self.discriminator is not None:
             share = w.adversarial if adversarial else 0.0  # every parameter takes part in every step
-            fixed = {k: v.detach() for k, v in self.discriminator.named_parameters()}
-            fooled = -functional_call(self.discriminator, fixed, (y,)).float().mean((1, 2, 3))
-            real, made = (self.discriminator(v).float() for v in (x, y.detach()))
-            hinge = (F.relu(1 - real) + F.relu(1 + made)).mean((1, 2, 3))
+            fooled, hinge = opposed(self.discriminator, (x,), (y,))
             loss = loss + share * fooled + hinge
         return loss
 

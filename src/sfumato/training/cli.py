@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.console import Parser
+from sfumato.errors import BadRequest
 
 if TYPE_CHECKING:
     from sfumato.training.loop import Watch
@@ -30,8 +31,6 @@ def main(argv: list[str]) -> int:
     if args.recipe and "=" in args.recipe:
         overrides.insert(0, args.recipe)
         args.recipe = None
-    from sfumato.errors import BadRequest
-
     keys = [o.partition("=")[0] for o in overrides]
     keys += ["run"] if args.run is not None else []
     keys += ["data.path"] if args.data is not None else []

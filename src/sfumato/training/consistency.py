@@ -32,7 +32,7 @@ class ConsistencyObjective:
     def __init__(self, schedule: Schedule, parameterization: Parameterization, steps: int, substeps: int):
         self.parameterization, self.steps, self.substeps = parameterization, steps, substeps
         path = SPACINGS["trailing"](schedule, steps * substeps)
-        if path[0].alpha == 0 and parameterization.det(path[0]) == 0:
+        if parameterization.det(path[0]) == 0:
             raise BadData(
                 f"a teacher that predicts {parameterization.name} cannot be followed from pure noise, where its "
                 "schedule begins: distil one that predicts v, flow or x0"

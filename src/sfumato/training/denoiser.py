@@ -188,9 +188,9 @@ class DenoiserTask:
 
     def fingerprint(self) -> str:
         """SHA-256 of pictures and their columns, of their captions' states where these are known, and of origins."""
-        own = self.pictures.fingerprint()
-        more = [*([] if self.words is None else [self.words.fingerprint()]), *([self.origin] if self.origin else [])]
-        return hashlib.sha256("/".join([own, *more]).encode()).hexdigest() if more else own
+        all_of_them = (self.pictures.fingerprint(), "" if self.words is None else self.words.fingerprint(), self.origin)
+        parts = [part for part in all_of_them if part]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
 
     def losses(self, module: Callable[..., Any], batch: Prepared) -> Losses:
         """Return the losses of one micro-batch."""

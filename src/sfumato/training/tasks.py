@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sfumato.data.pictures import Pictures, load_pictures
 from sfumato.data.report import Report
@@ -37,55 +37,54 @@ def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -
 
 
 def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
+    from sfumato.families.autoencoder import load_autoencoder
     from sfumato.training.denoiser import DenoiserTask
     from sfumato.training.start import align_features, start_denoiser, start_preview, start_text
 
     if recipe.latents.align and recipe.data.max_aspect > 1:
         raise BadData("recipe: latents.align goes with squares alone: set data.max_aspect to 1, or latents.align to 0")
     _check_perceptual("latents.perceptual", recipe.latents.perceptual, recipe.latents.perceptual_net, recipe.model.size)
-    latents, network = _latents(recipe, load(recipe.model.size, 3, recipe.model.multiple), root, run)
+    path = root / recipe.latents.autoencoder
+    network, hash = load_autoencoder(path), sha256(path)
     if recipe.model.autoencoder != network.config:
-        path = root / recipe.latents.autoencoder
         raise BadData(f"recipe: model.autoencoder is {recipe.model.autoencoder}, but {path} holds {network.config}")
+    latents = _latents(load(recipe.model.size, 3, recipe.model.multiple), network, hash, run)
     preview = start_preview(recipe, root)
     features = align_features(recipe, latents.pictures, run / "cache") if recipe.latents.align else None
     task = DenoiserTask(recipe, latents, run, world, network, preview, features)
     if recipe.latents.perceptual:  # its decoder is a part of the loss
-        task.origin = sha256(root / recipe.latents.autoencoder)
+        task.origin = hash
     start_text(recipe, task.module, root)
     start_denoiser(recipe, task.module, root)
     if recipe.latents.text and recipe.latents.freeze_text and recipe.data.variants:
-        _read_captions(task, latents.pictures, root / recipe.latents.text, run)
+        _read_captions(task, latents.pictures, sha256(root / recipe.latents.text), run)
     return task
 
 
-def _read_captions(task: DenoiserTask, pictures: Pictures, origin: Path, run: Path) -> None:
-    """Have a frozen text tower, which came from a file, read every caption once."""
+def _read_captions(task: DenoiserTask, pictures: Pictures, hash: str, run: Path) -> None:
+    """Have a frozen text tower, which came from the file of this hash, read every caption once."""
     from sfumato.data.encoded_captions import captions_of, encoded_captions
 
     text = task.module.text.eval()
-    key = f"{sha256(origin)}/{task.recipe.model.text}/{text.tokenizer.to_str()}"
+    key = f"{hash}/{task.recipe.model.text}/{text.tokenizer.to_str()}"
     task.words = encoded_captions(captions_of(pictures), text.encode, key, run / "cache")
 
 
 def _distill(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
-    from sfumato.data.latents import Latents, encoded_in_shapes
     from sfumato.families.native import read_native
     from sfumato.training.distillation import DistillTask
 
     if not recipe.distill.teacher:
         raise BadData("recipe: task: distill needs distill.teacher, a trained model")
     path = root / recipe.distill.teacher
-    teacher = read_native(path)
+    teacher, hash = read_native(path), sha256(path)
     model, vae = teacher.config, teacher.autoencoder
     pictures = load(model.size, model.denoiser.in_channels if vae is None else 3, model.multiple)
-    source = pictures
-    if vae is not None:
-        source = Latents(pictures, encoded_in_shapes(pictures, vae.encode, sha256(path), run / "cache"))
+    source = pictures if vae is None else _latents(pictures, vae, hash, run)
     task = DistillTask(recipe, source, run, teacher, world)
-    task.origin = sha256(path)
+    task.origin = hash
     if recipe.data.variants:
-        _read_captions(task, pictures, path, run)
+        _read_captions(task, pictures, hash, run)
     return task
 
 
@@ -99,13 +98,11 @@ def _check_perceptual(key: str, weight: float, net: str, size: int) -> None:
         )
 
 
-def _latents(recipe: Recipe, pictures: Pictures, root: Path, run: Path) -> tuple[Latents, CompactAutoencoder]:
+def _latents(pictures: Pictures, network: CompactAutoencoder, hash: str, run: Path) -> Latents:
+    """Pictures encoded by the autoencoder that came from the file of this hash."""
     from sfumato.data.latents import Latents, encoded_in_shapes
-    from sfumato.families.autoencoder import load_autoencoder
 
-    path = root / recipe.latents.autoencoder
-    network = load_autoencoder(path)
-    return Latents(pictures, encoded_in_shapes(pictures, network.encode, sha256(path), run / "cache")), network
+    return Latents(pictures, encoded_in_shapes(pictures, network.encode, hash, run / "cache"))
 
 
 def _decoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
@@ -119,16 +116,18 @@ def _decoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) ->
     if recipe.latents != LatentRecipe(autoencoder=recipe.latents.autoencoder):
         raise BadData("recipe: of latents, task: decoder reads latents.autoencoder alone: leave the others out")
     _check_perceptual("decoder.perceptual", recipe.decoder.perceptual, "alex", recipe.decoder.size)
-    factor = load_autoencoder(root / recipe.latents.autoencoder).config.factor
-    if recipe.decoder.size % factor:
-        raise BadData(f"recipe: decoder.size {recipe.decoder.size} is not a multiple of the latents' factor {factor}")
-    latents, network = _latents(recipe, load(recipe.decoder.size, 3, 0), root, run)
+    path = root / recipe.latents.autoencoder
+    network = load_autoencoder(path)
     ours, theirs = recipe.decoder.network, network.config
+    if recipe.decoder.size % theirs.factor:
+        size, factor = recipe.decoder.size, theirs.factor
+        raise BadData(f"recipe: decoder.size {size} is not a multiple of the latents' factor {factor}")
     if ours is not None and (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
         raise BadData(
             f"recipe: decoder.network has {ours.latent_channels} latent channels and factor {ours.factor}, but "
-            f"{root / recipe.latents.autoencoder} has {theirs.latent_channels} and {theirs.factor}"
+            f"{path} has {theirs.latent_channels} and {theirs.factor}"
         )
+    latents = _latents(load(recipe.decoder.size, 3, 0), network, sha256(path), run)
     if recipe.decoder.blocks is not None:
         try:
             network = deepened(network, recipe.decoder.blocks)
@@ -136,8 +135,8 @@ def _decoder(recipe: Recipe, load: Load, root: Path, run: Path, world: World) ->
             raise BadData(f"recipe: decoder.blocks: {e}") from None
     again = None
     if recipe.decoder.model:
-        path = root / recipe.decoder.model
-        again = redrawn(recipe, latents, load_latent_model(path, network), sha256(path), run / "cache")
+        model = root / recipe.decoder.model
+        again = redrawn(recipe, latents, load_latent_model(model, network), sha256(model), run / "cache")
     return DecoderTask(recipe, latents, network, again)
 
 
@@ -160,21 +159,19 @@ def _clip(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Ta
     return ClipTask(recipe, load(recipe.clip.network.size, 3, 0), root, run / "cache")
 
 
-TASKS: dict[str, Callable[[Recipe, Load, Path, Path, World], Task]] = {
-    "denoiser": _denoiser,
-    "autoencoder": _autoencoder,
-    "clip": _clip,
-    "decoder": _decoder,
-    "distill": _distill,
-}
+class _Row(NamedTuple):
+    """How a task is built, and the groups of settings that it reads beside those of the data and of the run."""
 
-# The groups of settings that each task reads, beside those of the data and of the run; others would be ignored.
-READS: dict[str, set[str]] = {
-    "denoiser": {"model", "latents", "objective"},
-    "autoencoder": {"autoencoder"},
-    "clip": {"clip"},
-    "decoder": {"decoder", "latents"},
-    "distill": {"distill", "model", "latents"},  # the last two as its teacher has them
+    build: Callable[[Recipe, Load, Path, Path, World], Task]
+    reads: set[str]
+
+
+TASKS: dict[str, _Row] = {
+    "denoiser": _Row(_denoiser, {"model", "latents", "objective"}),
+    "autoencoder": _Row(_autoencoder, {"autoencoder"}),
+    "clip": _Row(_clip, {"clip"}),
+    "decoder": _Row(_decoder, {"decoder", "latents"}),
+    "distill": _Row(_distill, {"distill", "model", "latents"}),  # the last two as its teacher has them
 }
 
 
@@ -190,7 +187,8 @@ def build_task(recipe: Recipe, root: Path, run: Path, world: World, progress: Pr
         raise BadData(
             f"recipe: no task named {recipe.task!r}{nearest(recipe.task, list(TASKS))}; there are {list(TASKS)}"
         )
-    for section in sorted(set().union(*READS.values()) - READS[recipe.task]):
+    build, reads = TASKS[recipe.task]
+    for section in sorted(set().union(*(row.reads for row in TASKS.values())) - reads):  # others would be ignored
         if getattr(recipe, section) != getattr(Recipe(), section):
             raise BadData(f"recipe: task: {recipe.task} does not read {section}: leave it out")
 
@@ -215,4 +213,4 @@ def build_task(recipe: Recipe, root: Path, run: Path, world: World, progress: Pr
         progress.note(f"{pictures.epoch_length} drawn per epoch")
         return pictures
 
-    return TASKS[recipe.task](recipe, load, root, run, world)
+    return build(recipe, load, root, run, world)
