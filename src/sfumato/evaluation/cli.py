@@ -16,13 +16,14 @@ from sfumato.files import check_target
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.evaluation.cache import Cache
     from sfumato.evaluation.measure import Yardstick
     from sfumato.evaluation.report import Report
     from sfumato.evaluation.truth import Truth
+    from sfumato.networks.compact import CompactAutoencoder
 
 
-OF_A_MODEL = ("grid", "seed", "steps", "sampler", "guidance", "best_of")  # settings that only pictures made have
+OF_A_REQUEST = ("seed", "steps", "sampler", "guidance", "best_of")  # settings that only pictures from noise have
+OF_RECONSTRUCTIONS = ("lpips", "fd")  # what an autoencoder is measured by unless metrics are asked for
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,12 +77,17 @@ def main(argv: list[str]) -> int:
     from sfumato.data.config import DataConfig
     from sfumato.evaluation.cache import Cache, default_folder
     from sfumato.evaluation.generate import base_request
-    from sfumato.evaluation.measure import DEFAULT, check_metrics, evaluate, prepare
+    from sfumato.evaluation.measure import DEFAULT, check_metrics, evaluate, make_pictures, prepare
+    from sfumato.evaluation.measure import report as report_on
+    from sfumato.evaluation.reconstruction import measure_pairs, reconstructions
     from sfumato.evaluation.truth import load_truth
     from sfumato.families.autoencoder import is_autoencoder
+    from sfumato.files import sha256, write_atomically
     from sfumato.pipeline.pipeline import load
 
-    metrics = DEFAULT if args.metrics is None else check_metrics([m.strip() for m in args.metrics.split(",")])
+    ae_file = Path(args.model) if args.model is not None and is_autoencoder(Path(args.model)) else None
+    usual = DEFAULT if ae_file is None else OF_RECONSTRUCTIONS
+    metrics = check_metrics(usual if args.metrics is None else [m.strip() for m in args.metrics.split(",")])
     if args.inception is not None and "fid" not in metrics:
         raise BadRequest("--inception is for the metric fid: ask for it with --metrics, or leave --inception out")
     if args.grid and not set(metrics) & {"fd", "kid", "pr", "judge", "nearest"}:
@@ -90,10 +96,9 @@ def main(argv: list[str]) -> int:
     settings["best_of"] = 1 if args.best_of is None else args.best_of  # 0 is refused, as by `generate`
     settings["seed"] = args.seed or 0
     pipe, size = None, 64
-    autoencoder = args.model is not None and is_autoencoder(Path(args.model))
-    if autoencoder:
-        if given := _given(args, "metrics", "inception", *OF_A_MODEL):
-            raise BadRequest(f"{args.model} is an autoencoder and makes no pictures: leave out {', '.join(given)}")
+    if ae_file is not None:
+        if given := _given(args, *OF_A_REQUEST):
+            raise BadRequest(f"{ae_file} is an autoencoder and gives pictures back: leave out {', '.join(given)}")
     elif not args.real:
         pipe = load(args.model)
         size = base_request(pipe, **settings).width or size  # settings are checked before any work
@@ -106,23 +111,43 @@ def main(argv: list[str]) -> int:
         config, args.size or size, args.n, on_report=lambda r: console.print(f"data: {r.summary()}", markup=False)
     )
     cache = Cache(Path(args.cache).expanduser() if args.cache else default_folder())
-    if autoencoder:
-        return _evaluate_autoencoder(args, truth, cache)
+    network = None if ae_file is None else _load_autoencoder(ae_file, truth)
     console.print("captions: " + ", ".join(f"{split} {len(rows)}" for split, rows in truth.drawn.items()), markup=False)
     yardstick = prepare(truth, metrics, cache, Path(args.inception) if args.inception else None)
-    with _progress(console, sum(map(len, truth.drawn.values()))) as advance:
-        report = evaluate(pipe, yardstick, Path(args.data).name, advance, **settings)
-    wide = Console(width=None if sys.stdout.isatty() else 200)
-    report.print(wide)
-    _write(args, report, yardstick, pipe, settings)
+    data = Path(args.data).name
+    if ae_file is not None and network is not None:
+        made = reconstructions(network, truth)
+        shape = {"factor": network.config.factor, "latent channels": network.config.latent_channels}
+        figures = measure_pairs(truth, made) + yardstick.measure(made)
+        report = report_on(ae_file.stem, sha256(ae_file), yardstick, data, shape, figures)
+    else:
+        with _progress(console, sum(map(len, truth.drawn.values()))) as advance:
+            report = evaluate(pipe, yardstick, data, advance, **settings)
+        made = None
+    report.print(Console(width=None if sys.stdout.isatty() else 200))
+    _write_json(args, report)
+    if args.grid:
+        if made is None:
+            assert pipe is not None  # --real is refused with it
+            made, _ = make_pictures(pipe, truth, cache, **settings)  # from the cache
+        write_atomically(Path(args.grid), draw_grid(yardstick, made), overwrite=args.force)
     return 0
+
+
+def _load_autoencoder(path: Path, truth: Truth) -> CompactAutoencoder:
+    from sfumato.families.autoencoder import load_autoencoder
+
+    network = load_autoencoder(path)
+    if truth.images.shape[-1] % network.config.factor:
+        raise BadRequest(f"--size must be a multiple of the autoencoder's factor, {network.config.factor}")
+    return network
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse flags that no data or model could make sense of."""
     if args.data is None:
         raise BadRequest("say which pictures to measure against with --data")
-    of_a_model = ([] if args.model is None else ["the model"]) + _given(args, *OF_A_MODEL)
+    of_a_model = ([] if args.model is None else ["the model"]) + _given(args, "grid", *OF_A_REQUEST)
     if args.real and of_a_model:
         raise BadRequest(f"--real measures real pictures: leave out {', '.join(of_a_model)}")
     for name, suffix in (("json", ".json"), ("grid", ".png")):
@@ -137,34 +162,6 @@ def _check(args: argparse.Namespace) -> None:
 def _given(args: argparse.Namespace, *names: str) -> list[str]:
     """Those of some flags that were given, as they are written."""
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
-
-
-def _evaluate_autoencoder(args: argparse.Namespace, truth: Truth, cache: Cache) -> int:
-    from rich.console import Console
-
-    from sfumato.evaluation.reconstruction import evaluate_autoencoder
-    from sfumato.families.autoencoder import load_autoencoder
-    from sfumato.files import sha256
-
-    path = Path(args.model)
-    network = load_autoencoder(path)
-    if truth.images.shape[-1] % network.config.factor:
-        raise BadRequest(f"--size must be a multiple of the autoencoder's factor, {network.config.factor}")
-    report = evaluate_autoencoder(network, truth, Path(args.data).name, path.stem, sha256(path), cache)
-    report.print(Console(width=None if sys.stdout.isatty() else 200))
-    _write_json(args, report)
-    return 0
-
-
-def _write(args: argparse.Namespace, report: Report, yardstick: Yardstick, pipe: Any, settings: dict[str, Any]) -> None:
-    from sfumato.files import write_atomically
-
-    _write_json(args, report)
-    if args.grid:
-        from sfumato.evaluation.measure import make_pictures
-
-        made, _ = make_pictures(pipe, yardstick.truth, yardstick.cache, **settings)  # from the cache
-        write_atomically(Path(args.grid), draw_grid(yardstick, made), overwrite=args.force)
 
 
 def _write_json(args: argparse.Namespace, report: Report) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -457,21 +458,17 @@ def evaluate(
         keep: whether pictures and their features go into the cache.
         settings: those of ``base_request``: seed, steps, sampler, guidance, best_of.
     """
-    made, used, model = None, {}, None
-    if pipe is not None:
-        cache = yardstick.cache if keep else Cache(None)
-        made, used = make_pictures(pipe, yardstick.truth, cache, on_pictures, **settings)
-        model = pipe.model
-    from importlib.metadata import version
+    if pipe is None:
+        return report("real pictures", "", yardstick, data, {}, yardstick.measure(None, keep=keep))
+    cache = yardstick.cache if keep else Cache(None)
+    made, used = make_pictures(pipe, yardstick.truth, cache, on_pictures, **settings)
+    return report(pipe.model.name, pipe.model.hash, yardstick, data, used, yardstick.measure(made, keep=keep))
 
-    return Report(
-        model.name if model else "real pictures",
-        model.hash if model else "",
-        data,
-        yardstick.truth.hash,
-        yardstick.truth.images.shape[-1],
-        used,
-        yardstick.measure(made, keep=keep),
-        yardstick.skipped,
-        {"sfumato": version("sfumato"), "torch": torch.__version__, "threads": torch.get_num_threads()},
-    )
+
+def report(
+    name: str, hash: str, yardstick: Yardstick, data: str, settings: Mapping[str, Any], figures: Sequence[Figure]
+) -> Report:
+    """Return figures with all that decided them: who made the pictures, from which data, with what."""
+    made_with = {"sfumato": version("sfumato"), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    truth = yardstick.truth
+    return Report(name, hash, data, truth.hash, truth.images.shape[-1], settings, figures, yardstick.skipped, made_with)

@@ -1,23 +1,19 @@
-"""How much of a picture an autoencoder loses: PSNR, SSIM, LPIPS picture by picture, and the reconstructions' FD.
+"""How much of a picture an autoencoder loses: PSNR and SSIM of its reconstructions; the rest is as for a model.
 
 Pictures are compared as the eight-bit pictures that a user would see. Shapes: N pictures (N, 3, S, S), uint8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib.metadata import version
-
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from sfumato.evaluation import extractors
 from sfumato.evaluation.bootstrap import Array, mean_interval
-from sfumato.evaluation.cache import Cache, content_hash
-from sfumato.evaluation.measure import frechet
-from sfumato.evaluation.report import Figure, Report
+from sfumato.evaluation.cache import content_hash
+from sfumato.evaluation.measure import Made
+from sfumato.evaluation.report import Figure
 from sfumato.evaluation.truth import Truth
 from sfumato.networks.compact import CompactAutoencoder
 from sfumato.pixels import eight_bits, signed
@@ -57,33 +53,18 @@ def reconstruct(network: CompactAutoencoder, images: Tensor, batch: int = 64) ->
     return torch.cat(parts)
 
 
-def evaluate_autoencoder(
-    network: CompactAutoencoder, truth: Truth, data: str, name: str, hash: str, cache: Cache
-) -> Report:
-    """Return a report on an autoencoder's reconstructions of the pictures drawn.
+def reconstructions(network: CompactAutoencoder, truth: Truth) -> dict[str, Tensor]:
+    """Return what is left of the pictures drawn, by split."""
+    return {split: reconstruct(network, truth.images[list(rows)]) for split, rows in truth.drawn.items()}
 
-    Raises NoResources, with pip's command, if an extractor is not installed.
-    """
-    lite0 = extractors.lite0()
+
+def measure_pairs(truth: Truth, made: Made) -> list[Figure]:
+    """Return PSNR and SSIM of pictures against those that they were made from."""
     figures: list[Figure] = []
     for split, rows in truth.drawn.items():
-        real = truth.images[list(rows)]
-        made = reconstruct(network, real)
-        concepts = truth.concepts(rows)
-        values: Mapping[str, Array] = {
-            "PSNR": psnr(real, made),
-            "SSIM": ssim(real, made),
-            "LPIPS": extractors.lpips_distances(made, real, cache),
-        }
-        reference = content_hash(real)
-        for metric, numbers in values.items():
-            extractor = "alex" if metric == "LPIPS" else "pixels"
-            interval = mean_interval(numbers, concepts)
-            figures.append(Figure(metric, split, "", float(numbers.mean()), interval, len(rows), extractor, reference))
-        x, to = (lite0(v, cache)[:, extractors.MIDDLE :].astype(np.float64) for v in (made, real))
-        value, interval, _ = frechet(x, to)
-        extractor = f"lite0 at {extractors.SIZE} px"
-        figures.append(Figure("rFD-lite0", split, "", value, interval, len(rows), extractor, reference))
-    settings = {"factor": network.config.factor, "latent channels": network.config.latent_channels}
-    made_with = {"sfumato": version("sfumato"), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    return Report(name, hash, data, truth.hash, truth.images.shape[-1], settings, figures, {}, made_with)
+        real, concepts = truth.images[list(rows)], truth.concepts(rows)
+        for metric, measure in (("PSNR", psnr), ("SSIM", ssim)):
+            values, reference = measure(real, made[split]), content_hash(real)
+            interval = mean_interval(values, concepts)
+            figures.append(Figure(metric, split, "", float(values.mean()), interval, len(rows), "pixels", reference))
+    return figures

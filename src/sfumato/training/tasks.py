@@ -44,6 +44,7 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
     if recipe.latents.align and recipe.data.max_aspect > 1:
         raise BadData("recipe: latents.align goes with squares alone: set data.max_aspect to 1, or latents.align to 0")
     _check_perceptual("latents.perceptual", recipe.latents.perceptual, recipe.latents.perceptual_net, recipe.model.size)
+    _check_starts(recipe.latents, root)
     path = root / recipe.latents.autoencoder
     network, hash = load_autoencoder(path), sha256(path)
     if recipe.model.autoencoder != network.config:
@@ -86,6 +87,14 @@ def _distill(recipe: Recipe, load: Load, root: Path, run: Path, world: World) ->
     if recipe.data.variants:
         _read_captions(task, pictures, hash, run)
     return task
+
+
+def _check_starts(config: LatentRecipe, root: Path) -> None:
+    """Raise BadData for a file to start from that is not there, before minutes of encoding."""
+    for name in ("autoencoder", "text", "denoiser", "preview"):
+        file: str = getattr(config, name)
+        if file and not (root / file).is_file():
+            raise BadData(f"recipe: latents.{name}: no such file: {root / file}")
 
 
 def _check_perceptual(key: str, weight: float, net: str, size: int) -> None:
