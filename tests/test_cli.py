@@ -122,6 +122,9 @@ def test_files_are_never_replaced_unasked(run: Run, tiny_file: Path, tmp_path: P
     assert Path("b-2.png").exists()
     assert run(*words, "--seed", 1, "-n", 3, "--out", "b.png")[0] == 2
     assert not Path("b-3.png").exists()
+    assert run(*words, "--seed", 1, "--out", "C.PNG")[0] == 0
+    assert Path("C.PNG").exists()
+    assert not Path("C.png").exists()
     assert run(*words, "--seed", 1, "--out", "some/folder")[0] == 0
     assert Path("some/folder/a-1.png").exists()
 
@@ -299,8 +302,87 @@ def test_a_film_of_a_picture_that_is_enlarged_on_its_way(run: Run, tiny_file: Pa
     assert run("replay", "a.png", "--model", tiny_file)[0] == 0
 
 
+def test_a_picture_of_any_name_stays_in_a_record_that_is_read_again(run: Run, tiny_file: Path) -> None:
+    """Systems put narrow spaces into their screenshots' names, and folders may lie deep."""
+    deep = "/".join(["a" * 60] * 6)
+    Path(deep).mkdir(parents=True)
+    for i, name in enumerate(("Screenshot 9.41\u202fAM.png", f"{deep}/me.png", "a\tb.png")):
+        photo(name, 16, 16)
+        words = ("generate", "fox", "--model", tiny_file, "--seed", 1, "--steps", 2, "--init", name)
+        assert run(*words, "--out", f"{i}.png")[0] == 0
+        more = () if "\t" not in name else ("--init", name)  # a control is kept as "?", and not found by that
+        assert run("replay", f"{i}.png", "--model", tiny_file, *more)[0] == 0
+
+
+def test_a_replay_finds_the_right_one_of_two_files_of_a_name(run: Run, tiny_file: Path) -> None:
+    Path("results").mkdir()
+    photo("results/me.png", 16, 16)
+    photo("me.png", 16, 16)
+    words = ("generate", "fox", "--model", tiny_file, "--seed", 1, "--steps", 2, "--init", "me.png")
+    assert run(*words, "--out", "results/a.png")[0] == 0
+    photo("me.png", 16, 16, seed=2)  # another one now
+    assert run("replay", "results/a.png", "--model", tiny_file)[0] == 0
+
+
+def test_pictures_that_were_done_are_there_when_a_later_one_fails(
+    run: Run, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sfumato.pipeline.pipeline import Pipeline
+
+    enlarge, done = Pipeline._upscale, []
+
+    def enlarge_two(self: Pipeline, pixels: Any) -> Any:
+        if len(done) == 2:
+            raise MemoryError
+        done.append(pixels)
+        return enlarge(self, pixels)
+
+    monkeypatch.setattr(Pipeline, "_upscale", enlarge_two)
+    words = ("generate", "fox", "--model", tiny_file, "--seed", 1, "--steps", 1, "-n", 4, "--upscale", 4)
+    assert run(*words)[0] != 0
+    assert sorted(p.name for p in (tmp_path / "outputs").iterdir()) == ["fox-1.png", "fox-2.png"]
+
+
+def test_runs_of_one_name_leave_each_other_s_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is taken between the look and the write: the picture goes under the next one."""
+    from sfumato.cli.output import Target
+
+    picture = Picture(np.zeros((4, 4, 3), np.uint8), Request("fox", seed=1, width=4, height=4), "m", "ab" * 32)
+    target, looks = Target(tmp_path, None, 1, False), []
+    there = os.path.lexists
+
+    def look(path: Any) -> bool:
+        if not looks:
+            looks.append(path)
+            Path(path).write_text("another run's")
+            return False
+        return there(path)
+
+    monkeypatch.setattr("sfumato.cli.output.os.path.lexists", look)
+    assert target.write(picture, 0, 1).name == "fox-1-2.png"
+    assert (tmp_path / "fox-1.png").read_text() == "another run's"
+
+
+def test_a_film_shows_the_pictures_that_were_chosen(run: Run, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr("sfumato.families.clip.Critic.__call__", lambda self, p, words: torch.arange(float(len(p))))
+    critic = ("--critic", "any")  # the last is the best
+    words = ("generate", "fox", "--model", tiny_file, "--steps", 3, "--scale", 1)
+    assert run(*words, "--seed", 1, "--best-of", 3, "--trajectory", "chosen.gif", *critic)[0] == 0
+    assert run(*words, "--seed", 3, "--trajectory", "plain.gif")[0] == 0
+    assert Path("chosen.gif").read_bytes() == Path("plain.gif").read_bytes()
+
+
 BAD: list[tuple[list[str], int, str]] = [
     ([], 2, "a command is missing"),
+    (["generate", "a", "--force"], 2, "names are new"),
+    (["generate", "a", "-n", "100", "--grid", "--scale", "64", "--size", "64x64"], 2, "fewer pictures in a grid"),
+    (["interpolate", "a", "--prompt-to", "b", "--critic", "file.txt"], 2, "leave it out"),
+    (["explain", ""], 4, "a folder, not a picture"),
+    (["explain", "."], 4, "a folder, not a picture"),
+    (["explain", "a.png", "--steps", "9" * 5000], 2, "from 1 to 500"),
+    (["explain", "a.png", "--critic", "file.txt"], 2, "leave it out"),
     (["gnerate", "a"], 2, "no command 'gnerate'; did you mean 'generate'?"),
     (["generate"], 2, "required: PROMPT"),
     (["generate", ""], 2, "prompt is empty"),

@@ -8,15 +8,18 @@ import random
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hostile import HOSTILE, packed
 from safetensors.torch import save_file
 
+import sfumato
 from sfumato.checkpoints.formats import weights
 from sfumato.checkpoints.tensors import MAX_HEADER, load_into, non_finite, read_header, read_tensors, to_half
 from sfumato.errors import BadCheckpoint
+from sfumato.families import NATIVE_FORMAT
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -175,3 +178,20 @@ def test_a_module_without_memory_takes_the_tensors_themselves() -> None:
     load_into(empty, weights)
     assert not empty.weight.is_meta
     assert empty.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta.pop("card"),
+        lambda meta: meta.update(card=["x"]),
+        lambda meta: meta["config"].update(schedule_settings={"unheard_of": 1}),
+        lambda meta: meta.pop("tokenizer"),
+    ],
+)
+def test_a_model_of_our_own_with_damaged_metadata_is_refused(change: Any, tiny_file: Path, tmp_path: Path) -> None:
+    meta = json.loads(read_header(tiny_file).metadata[NATIVE_FORMAT])
+    change(meta)
+    save_file(read_tensors(tiny_file), tmp_path / "m.safetensors", {NATIVE_FORMAT: json.dumps(meta)})
+    with pytest.raises(BadCheckpoint, match=r"m\.safetensors: its configuration cannot be read"):
+        sfumato.load(tmp_path / "m.safetensors")

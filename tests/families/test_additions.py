@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,64 @@ def test_a_dora_sets_the_length_of_rows_or_columns(kernel: int, rows: bool, tmp_
     assert torch.equal(add_loras(model, [(addition, 0.0)]).tensors["unet"]["conv_in.weight"], own)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "rows"),
+    [
+        ("dora_scale", (1, 5, 1, 1), False),
+        ("dora_scale", (5, 1, 1, 1), True),
+        ("lora_magnitude_vector", (1, 5, 1, 1), True),
+    ],
+)
+def test_of_a_square_convolution_the_doras_name_and_form_tell_the_axis(
+    name: str, shape: tuple[int, ...], rows: bool, tmp_path: Path
+) -> None:
+    """A magnitude that is the weight's own changes nothing; along the other axis it would."""
+    own = torch.randn(5, 5, 3, 3)
+    magnitude = own.square().sum((1, 2, 3) if rows else (0, 2, 3)).sqrt().reshape(shape)
+    parts = {"lora_B.weight": torch.zeros(5, 1, 1, 1), "lora_A.weight": torch.ones(1, 5, 3, 3), name: magnitude}
+    save_file({f"lora_unet_conv_in.{k}": t for k, t in parts.items()}, tmp_path / "dora.safetensors")
+    model = Published(tmp_path, "folder", {"unet": {}}, {"unet": {"conv_in.weight": own}})
+    changed = add_loras(model, [(read_lora(tmp_path / "dora.safetensors"), 1.0)]).tensors["unet"]["conv_in.weight"]
+    torch.testing.assert_close(changed, own)
+
+
+def test_what_a_partial_lora_leaves_out_is_told_and_the_damaged_one_named(folder: Path, tmp_path: Path) -> None:
+    pairs = {f"{m}.lora_{k}.weight": torch.ones(2, 2) for m in ("unet.nowhere",) for k in "AB"}
+    whole = lora_of(folder, "peft")
+    save_file(whole | pairs, tmp_path / "part.safetensors")
+    card = families.load(folder, Additions.of([tmp_path / "part.safetensors"]), partial=True).card
+    assert f"1 of {len(whole) // 2 + 1} modules without a place: unet.nowhere" in card["additions"]
+    save_file({k: t * torch.nan for k, t in whole.items()}, tmp_path / "nan.safetensors")
+    save_file(whole, tmp_path / "whole.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"nan\.safetensors: makes NaN"):
+        families.load(folder, Additions.of([tmp_path / "nan.safetensors", tmp_path / "whole.safetensors"]))
+
+
+def test_a_lora_of_a_network_that_leaves_usual_settings_out(folder: Path, tmp_path: Path) -> None:
+    model = read_folder(folder)
+    config = {k: v for k, v in model.configs["unet"].items() if k != "layers_per_block"}
+    assert add_loras(replace(model, configs={**model.configs, "unet": config}), [_addition(folder, tmp_path)])
+
+
+def _addition(folder: Path, tmp_path: Path) -> tuple[Any, float]:
+    save_file(lora_of(folder, "kohya"), tmp_path / "lora.safetensors")
+    return read_lora(tmp_path / "lora.safetensors"), 1.0
+
+
+def test_t5_of_flux_goes_by_either_number(tmp_path: Path) -> None:
+    """kohya's trainer numbers T5 as in SD 3, as the third tower; others as FLUX's second."""
+    own = {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(4, 4)}
+    model = Published(tmp_path, "folder", {"text_encoder_2": {"d_model": 4}}, {"text_encoder_2": own})
+    for number in (2, 3):
+        name = f"lora_te{number}_encoder_block_0_layer_0_SelfAttention_q"
+        save_file(
+            {f"{name}.lora_down.weight": torch.ones(1, 4), f"{name}.lora_up.weight": torch.ones(4, 1)},
+            tmp_path / "l.safetensors",
+        )
+        [changed] = add_loras(model, [(read_lora(tmp_path / "l.safetensors"), 1.0)]).tensors["text_encoder_2"].values()
+        assert torch.equal(changed, torch.ones(4, 4))
+
+
 FAULTS: dict[str, tuple[Tensors, str]] = {
     "another family": ({"lora_unet_double_blocks_0_x.lora_up.weight": torch.ones(2, 2)}, "matches nothing"),
     "no LoRA": ({"conv.weight": torch.ones(2)}, "holds no LoRA"),
@@ -249,6 +308,14 @@ def test_a_learned_word_stands_for_its_vectors(folder: Path, tmp_path: Path) -> 
     save_file({"word": torch.randn(1, 7)}, path)
     with pytest.raises(BadCheckpoint, match="width 7"):
         families.load(folder, Additions.of(embeddings={"x": path}))
+
+
+def test_a_learned_word_is_none_within_a_longer_one(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "word.safetensors"
+    save_file({"emb_params": torch.randn(1, 64)}, path)
+    texts = families.load(folder, Additions.of(embeddings={"cat": path}))
+    assert np.array_equal(generate(texts, "a category, scat"), generate(families.load(folder), "a category, scat"))
+    assert not np.array_equal(generate(texts, "a cat, sitting"), generate(families.load(folder), "a cat, sitting"))
 
 
 def test_loras_are_for_published_models(folder: Path, tmp_path: Path) -> None:
@@ -297,6 +364,7 @@ def test_the_command_adds_and_replays_by_content(folder: Path, tmp_path: Path, c
         (["--lora", "nowhere.safetensors:0.5"], 3, "no such file"),
         (["--embedding", "cat"], 2, "WORD=FILE"),
         (["--embedding", "two words=x"], 2, "without spaces"),
+        (["--embedding", "(fox)=x"], 2, "weigh words in prompts"),
         (["--embedding", "a=x", "--embedding", "a=y"], 2, "twice"),
         (["--lora", "x.safetensors:1e9"], 2, "weight of x.safetensors"),
         (["--lora", "x.safetensors:nan"], 2, "weight of x.safetensors"),

@@ -325,6 +325,9 @@ def test_what_is_no_controlnet_for_the_model_is_refused(one: Case, tmp_path: Pat
     make("sdxl", 1).save_pretrained(tmp_path / "other")
     with pytest.raises(BadCheckpoint, match="another family"):
         sfumato.load(tmp_path / "other", controlnet=folder / "control")
+    save_file(dict(part.tensors), tmp_path / "bare.safetensors")  # of which shapes alone tell
+    with pytest.raises(BadCheckpoint, match="another family"):
+        sfumato.load(tmp_path / "other", controlnet=tmp_path / "bare.safetensors")
     with pytest.raises(BadCheckpoint, match="not of ControlNetModel"):
         sfumato.load(folder / "model", controlnet=folder / "model" / "unet")
     lost = {k: t for k, t in part.tensors.items() if k != "controlnet_mid_block.bias"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ import sfumato
 from sfumato.checkpoints.folder import read_folder
 from sfumato.checkpoints.formats import weights
 from sfumato.checkpoints.keymaps import autoencoder, dit, to_theirs
-from sfumato.checkpoints.parts import read_autoencoder
+from sfumato.checkpoints.parts import read_autoencoder, read_denoiser
 from sfumato.errors import BadCheckpoint
+from sfumato.families.additions import Additions
+from sfumato.families.common import shifted
 from sfumato.families.convert import convert
 
 Tensors = dict[str, torch.Tensor]
@@ -214,8 +218,57 @@ def test_a_denoiser_alone_takes_the_place_of_fluxs(tmp_path: Path) -> None:
     quantized, rounded = (generate(denoiser=tmp_path / f"{name}") for name in ("denoiser.gguf", "round.safetensors"))
     assert np.array_equal(quantized.pixels, rounded.pixels)
     assert not np.array_equal(quantized.pixels, plain.pixels)
+    save_file(own | {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(())}, tmp_path / "scaled.safetensors")
+    with pytest.raises(BadCheckpoint, match="scales of their own"):
+        generate(denoiser=tmp_path / "scaled.safetensors")
     make("sd1", 0).save_pretrained(tmp_path / "sd1")
     with pytest.raises(BadCheckpoint, match="another family"):
         sfumato.load(tmp_path / "sd1", denoiser=tmp_path / "denoiser.gguf")
     with pytest.raises(BadCheckpoint, match="no denoiser"):
         sfumato.load(tmp_path / "sd1", denoiser=tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_denoiser_of_fluxs_other_kind_brings_its_times(tmp_path: Path) -> None:
+    """dev in schnell's folder, and the other way round: the shift of the times follows the denoiser."""
+    kinds = {}
+    for seed in range(8):  # until both kinds came
+        pipe = make("flux", seed)
+        guided = bool(pipe.transformer.config.guidance_embeds)
+        if guided not in kinds:
+            pipe.save_pretrained(tmp_path / str(guided))
+            raw = load_file(convert(tmp_path / str(guided), tmp_path / f"{guided}-whole.safetensors"))
+            own = {k.removeprefix("model.diffusion_model."): t for k, t in raw.items()}
+            names = {k: t for k, t in own.items() if not k.startswith(("vae.", "text_encoders."))}
+            save_file(names, tmp_path / f"{guided}.safetensors")
+            kinds[guided] = seed
+    assert len(kinds) == 2
+    for guided in (True, False):
+        config = json.loads((tmp_path / str(guided) / "scheduler" / "scheduler_config.json").read_text())
+        config |= {"use_dynamic_shifting": guided, "shift": 3.0 if guided else 1.0}
+        (tmp_path / str(guided) / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    for base in (True, False):
+        for of in (True, False):
+            model = read_folder(tmp_path / str(base))
+            part = read_denoiser(tmp_path / f"{of}.safetensors", model.configs["transformer"])
+            changed = Additions.of(denoiser=tmp_path / f"{of}.safetensors").apply(model).configs["scheduler"]
+            assert part.config["guidance_embeds"] == of
+            shift = shifted(changed, 16, 1.0)(1024, 1024)["shift"]["s"]
+            assert shift == pytest.approx(math.exp(1.15) if of else 1.0)
+
+
+def test_a_denoiser_brings_its_prediction(folder: Path, tmp_path: Path) -> None:
+    raw = load_file(convert(folder, tmp_path / "whole.safetensors"))
+    own = {k: t for k, t in raw.items() if k.startswith("model.diffusion_model.")}
+    before = read_folder(folder).configs["scheduler"].get("prediction_type")
+    for marks, metadata, expected in (
+        ({}, None, before),
+        ({"v_pred": torch.ones(1), "ztsnr": torch.ones(1)}, None, "v_prediction"),
+        ({}, {"modelspec.prediction_type": "v"}, "v_prediction"),
+    ):
+        save_file(own | marks, tmp_path / "denoiser.safetensors", metadata)
+        model = Additions.of(denoiser=tmp_path / "denoiser.safetensors").apply(read_folder(folder))
+        assert model.configs["scheduler"].get("prediction_type") == expected
+        assert bool(model.configs["scheduler"].get("rescale_betas_zero_snr")) == bool(marks)
+    save_file(own | {"edm_mean": torch.ones(4)}, tmp_path / "denoiser.safetensors")
+    with pytest.raises(BadCheckpoint, match="EDM's form"):
+        Additions.of(denoiser=tmp_path / "denoiser.safetensors").apply(read_folder(folder))

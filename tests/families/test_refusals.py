@@ -41,6 +41,18 @@ def plus(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {name: torch.zeros(shape)}
 
 
+def open_clip(rows: int) -> Tensors:
+    """A tower under OpenCLIP's names whose fused projections have some rows."""
+    own = TEXT + "model."
+    layer = f"{own}transformer.resblocks.0."
+    return {
+        f"{own}positional_embedding": torch.zeros(77, 4),
+        f"{own}token_embedding.weight": torch.zeros(49408, 4),
+        f"{layer}attn.in_proj_weight": torch.zeros(rows, 4),
+        f"{layer}mlp.c_fc.weight": torch.zeros(8, 4),
+    }
+
+
 FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a missing tensor": (without("input_blocks.1.0.in_layers.0.bias"), "1 missing: down_blocks.0.resnets.0.norm1.bias"),
     "a missing convolution": (without("input_blocks.1.0.in_layers.2.weight"), "unet is not whole"),
@@ -48,6 +60,24 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "an extra tensor": (plus(UNET + "motion.0.weight", 2), "no place in a sd1 model: .*motion.0.weight"),
     "a misshaped tensor": (plus(UNET + "out.0.bias", 5), "1 misshaped: conv_norm_out.bias"),
     "EDM's form": (plus("edm_mean", 4), "EDM's form"),
+    "scales of floats of eight bits": (plus(UNET + "out.0.scale_weight"), "scales of their own are not supported"),
+    "a fused tensor cut short": (
+        lambda tensors: (
+            {k.replace(TEXT + "transformer.text_model", TEXT + "model"): t for k, t in tensors.items() if TEXT not in k}
+            | open_clip(rows=10)
+        ),
+        "cannot be cut",
+    ),
+    "SD 2's tower under CLIP L's names": (
+        lambda tensors: (
+            {k: t.expand(1024, *t.shape[1:]) if ".mlp.fc2." in k else t for k, t in tensors.items()}
+            | {
+                TEXT + "transformer.text_model.embeddings.token_embedding.weight": torch.zeros(9, 1024),
+                TEXT + "transformer.text_model.embeddings.position_embedding.weight": torch.zeros(77, 1024),
+            }
+        ),
+        "stable-diffusion.cpp",
+    ),
     "no word in any layer": (without("attn2"), r"'attn2.to_k.weight' is missing"),
     "a denoiser alone": (without(TEXT), "--denoiser"),
     "a text tower": (lambda _: {"text_model.final_layer_norm.bias": torch.zeros(2)}, "text tower alone"),

@@ -64,6 +64,8 @@ def test_the_page_shows_every_part_with_the_models_values(explained: str) -> Non
     assert explained.count("<figure data-frame") == 4, "three steps and the end"
     for head in ("Its path", "Where each word looked", "What guidance does", "Samplers side by side", "The schedule"):
         assert f"<h2>{head}" in explained
+    heads = re.findall(r'<th scope="col">(\d+): σ', explained)
+    assert heads == ["0", "1", "2"], "each step once, the last among them"
     words = re.search(r"<table>.*?</table>", explained, re.S)
     assert words is not None
     shares = [float(v) for v in re.findall(r"<figcaption>([\d.]+)%", words[0])]

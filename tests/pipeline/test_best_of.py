@@ -66,6 +66,9 @@ def test_a_grid_of_them_can_be_made_again(brightest: Model, tmp_path: Path) -> N
     assert np.array_equal(stored.pixels, grid(again, request).pixels)
     with pytest.raises(BadRequest, match="seed after seed"):
         grid(made[::-1], request)
+    one = Request(WORDS, seed=7, best_of=3).resolve(brightest)
+    [kept] = [e for e in pipe.run(one) if isinstance(e, Picture)]
+    assert grid([kept], one) is kept, "which says its own seed, and can be explained"
 
 
 def test_what_would_have_no_effect_is_refused(tiny: Model, brightest: Model) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_request import png
 
 from sfumato.diffusion import SAMPLERS, SPACINGS, Step, q_sample, slerp
@@ -163,6 +165,45 @@ def test_a_picture_from_a_picture_is_the_same_in_any_batch_and_slot(tiny: Model)
 def test_masks_that_cannot_be_are_refused_at_once(tiny: Model, mask: np.ndarray, reason: str) -> None:
     with pytest.raises(BadRequest, match=reason):
         Pipeline(tiny).run(Request(WORDS, init=encoded(noise_picture()), mask=encoded(mask)))  # type: ignore[arg-type]
+
+
+def test_strokes_on_a_transparent_layer_are_the_mask(tiny: Model) -> None:
+    """As editors save them; the rest is left alone, and that transparency was read so is said."""
+    layer = np.zeros((16, 16, 4), np.uint8)
+    layer[4:8, 4:8] = 255
+    grey = np.zeros((16, 16), np.uint8)
+    grey[4:8, 4:8] = 255
+    settings: dict[str, Any] = {"init": encoded(noise_picture()), "steps": 2}
+    strokes, plain = (events(Pipeline(tiny), mask=encoded(m), **settings)[1][0] for m in (layer, grey))
+    assert np.array_equal(strokes.pixels, plain.pixels)
+    assert strokes.warnings == ("mask: transparency laid on black",)
+    assert plain.warnings == ()
+
+
+def test_pillow_images_of_any_mode_are_taken_and_turned_as_files_are(tiny: Model, tmp_path: Path) -> None:
+    photo = Image.fromarray(noise_picture(16, 24))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "me.jpg", exif=exif, quality=95)
+    by_path, by_image = (
+        Request(WORDS, init=init).resolve(tiny) for init in (tmp_path / "me.jpg", Image.open(tmp_path / "me.jpg"))
+    )
+    assert by_path.size == by_image.size == (16, 24)
+    pixels = [np.asarray(r.init.image("init")) for r in (by_path, by_image) if r.init is not None]
+    assert np.array_equal(*pixels)
+    steps = {"La": ("LA", "La"), "RGBa": ("RGBA", "RGBa"), "F": ("L", "F"), "I": ("L", "I")}
+    for mode in ("CMYK", "HSV", "YCbCr", "LAB", "F", "La", "RGBa", "1", "P", "I"):
+        image = photo
+        for step in steps.get(mode, (mode,)):
+            image = image.convert(step)
+        assert Request(WORDS, init=image).resolve(tiny).size == (24, 16), mode
+
+
+def test_an_enlargement_that_rounds_to_nothing_is_refused(tiny: Model) -> None:
+    with pytest.raises(BadRequest, match="leaves 16x16 as it is") as caught:
+        Request(WORDS, hires=1.01).resolve(tiny)
+    least = float(str(caught.value).rpartition("take ")[2].partition(" ")[0])
+    assert max(Request(WORDS, hires=least).resolve(tiny).enlarged(tiny.multiple)) > 16
 
 
 def test_a_size_asked_for_is_covered_without_distortion(tiny: Model) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sfumato.errors import BadData, BadRequest, NoResources
-from sfumato.pipeline.picture import Picture, enlarge, grid, is_png, read, sheet
+from sfumato.pipeline.picture import Picture, check_readable, enlarge, grid, is_png, read, sheet
 from sfumato.pipeline.request import Request
 
 REQUEST = Request(
@@ -65,6 +65,20 @@ def test_other_tools_find_their_line(tmp_path: Path) -> None:
         f"{REQUEST.prompt}\nNegative prompt: rain\nSteps: 4, Sampler: DPM++ 2M, Schedule type: Karras,"
     )
     assert "CFG scale: 2.5, Seed: 3, Size: 8x6, Model hash: abababab" in text
+
+
+def test_a_files_pixels_are_counted_before_they_are_drawn() -> None:
+    """What is saved must be readable again."""
+    whole = replace(REQUEST, width=512, height=512, upscale=4, n=1)
+    check_readable(whole, 8)
+    check_readable(replace(whole, n=30), 8, together=True)  # 6 × 5 of 2048²
+    for one, how in (
+        (replace(whole, n=36), {"together": True}),
+        (whole, {"scale": 6}),
+        (replace(whole, hires=6.0), {}),
+    ):
+        with pytest.raises(BadRequest, match="read again"):
+            check_readable(one, 8, **how)
 
 
 def test_a_notebook_shows_it_large() -> None:

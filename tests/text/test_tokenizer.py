@@ -14,8 +14,9 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from sfumato.checkpoints.folder import read_tokenizer
 from sfumato.errors import BadCheckpoint, BadRequest
-from sfumato.text.prompt import chunks, grid, parse, weigh
+from sfumato.text.prompt import chunks, grid, parse, weigh, without_breaks
 from sfumato.text.tokenizer import (
+    ADDED_WORDS,
     T5_ROWS,
     clip_vocabulary,
     clip_words,
@@ -129,9 +130,25 @@ def test_the_packaged_t5_vocabulary_is_for_its_own_rows_and_stands_back() -> Non
     assert t5_words({"tokenizer.json": own}, 256, T5_ROWS)("a") == [3]
 
 
+def panicking(table: str) -> str:
+    """A tokenizer.json of which the library panics, which is no Exception."""
+    tokenizer = json.loads(Tokenizer(models.Unigram([("a", -1.0)], unk_id=0)).to_str())
+    return json.dumps({**tokenizer, "normalizer": {"type": "Precompiled", "precompiled_charsmap": table}})
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("tokenizer.json", "{}"), ("tokenizer.json", "\x00"), ("vocab.json", "{}"), ("tokenizer_config.json", "{")],
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "\x00"),
+        ("tokenizer.json", panicking("")),  # at once
+        ("tokenizer.json", panicking("AAAAAAAA")),  # in use
+        ("vocab.json", "{}"),
+        ("tokenizer_config.json", "{"),
+        (ADDED_WORDS, '{"fox": 5}'),
+        (ADDED_WORDS, '{"fox": ["a"]}'),
+        (ADDED_WORDS, '{"fox": []}'),
+    ],
 )
 def test_broken_tokenizer_files_are_refused(name: str, content: str) -> None:
     with pytest.raises(BadCheckpoint, match="tokenizer"):
@@ -190,6 +207,10 @@ def test_long_prompts_become_chunks_and_breaks_start_new_ones() -> None:
     assert ids.shape == weights.shape == (2, 2, 77)
     assert ids[0, 1].tolist() == words.row([])
     assert weights[0, 0, :3].tolist() == [1, 2, 1]
+
+
+def test_an_encoder_of_one_chunk_reads_breaks_as_spaces_and_words_whole() -> None:
+    assert without_breaks("BREAKFAST, a BREAK b").split() == ["BREAKFAST,", "a", "b"]
 
 
 def test_weights_turn_states_and_keep_their_mean() -> None:

@@ -138,7 +138,7 @@ def _transformer(theirs: str, ours: str, depth: int) -> Iterator[Place]:
 def unet(config: Json) -> Iterator[Place]:
     """Latent diffusion's U-Net; the configuration is that of the published folder."""
     n = len(config["block_out_channels"])
-    blocks = _each(config["layers_per_block"], n)
+    blocks = _each(config.get("layers_per_block", 2), n)
     layers = _depth(config)
     layers_up = config.get("reverse_transformer_layers_per_block") or layers[::-1]
     depth, depth_up = (
@@ -187,7 +187,7 @@ def controlnet(config: Json) -> Iterator[Place]:
         ours = "conv_in" if i == 0 else "conv_out" if i == hints - 1 else f"blocks.{i - 1}"
         yield from module(f"input_hint_block.{2 * i}", f"controlnet_cond_embedding.{ours}")
     n = len(config["block_out_channels"])
-    for i in range(sum(_each(config["layers_per_block"], n)) + n):
+    for i in range(sum(_each(config.get("layers_per_block", 2), n)) + n):
         yield from module(f"zero_convs.{i}.0", f"controlnet_down_blocks.{i}")
     yield from module("middle_block_out.0", "controlnet_mid_block")
 
@@ -202,7 +202,7 @@ def _depth(config: Json) -> list[int]:
 
 def autoencoder(config: Json) -> Iterator[Place]:
     """Latent diffusion's KL autoencoder."""
-    n, blocks = len(config["block_out_channels"]), config["layers_per_block"]
+    n, blocks = len(config["block_out_channels"]), config.get("layers_per_block", 1)
     yield from modules("", "", {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"})
     for half, level, count in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
         ends = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}

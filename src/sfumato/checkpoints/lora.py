@@ -42,7 +42,7 @@ PARTS = {
     "alpha": "alpha", "diff": "diff", "diff_b": "diff_b",
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    "dora_scale": "dora_scale", "lora_magnitude_vector": "dora_scale", "lora_magnitude_vector.weight": "dora_scale",
+    "dora_scale": "dora_scale", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
 _PART = re.compile(r"(.+)\.(" + "|".join(re.escape(p) for p in sorted(PARTS, key=len, reverse=True)) + ")")
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")  # diffusers of old
@@ -125,6 +125,7 @@ def add_loras(model: Published, loras: Sequence[tuple[Addition, float]], *, part
         return model
     places = {name: (component, place) for component in model.tensors for name, place in _names(model, component)}
     sums: dict[tuple[str, str], Tensor] = {}
+    notes: list[str] = []
     for lora, weight in loras:
         lost = [name for name in lora.modules if _key(name) not in places]
         if len(lost) == len(lora.modules):
@@ -134,6 +135,8 @@ def add_loras(model: Published, loras: Sequence[tuple[Addition, float]], *, part
                 f"{lora.path}: {len(lost)} of {len(lora.modules)} modules have no place in {model.path}: "
                 f"{', '.join(lost[:3])}"
             )
+        left = f" ({len(lost)} of {len(lora.modules)} modules without a place: {', '.join(lost[:3])})" if lost else ""
+        notes.append(f"{lora.path.name} × {weight:g}{left}")
         for name, parts in lora.modules.items():
             if name in lost:
                 continue
@@ -143,16 +146,15 @@ def add_loras(model: Published, loras: Sequence[tuple[Addition, float]], *, part
                 for target, delta in _deltas(parts, place, own):
                     key = (component, target)
                     sums[key] = sums.get(key, own[target].float()) + weight * delta
+                    if not torch.isfinite(sums[key]).all():
+                        raise BadCheckpoint(f"{lora.path}: makes NaN of {component}.{target}: it is damaged")
             except (RuntimeError, KeyError, ValueError, IndexError, ZeroDivisionError) as e:
                 reason = str(e).splitlines()[0][:120]
                 raise BadCheckpoint(f"{lora.path}: {name} does not fit {model.path}: {reason}") from None
     tensors = {component: dict(own) for component, own in model.tensors.items()}
     for (component, target), tensor in sums.items():
-        if not torch.isfinite(tensor).all():
-            raise BadCheckpoint(f"{loras[-1][0].path}: makes NaN of {component}.{target}: it is damaged")
         tensors[component][target] = tensor
-    note = ", ".join(f"{lora.path.name} × {weight:g}" for lora, weight in loras)
-    return replace(model, tensors=tensors, why={**model.why, "additions": note})
+    return replace(model, tensors=tensors, why={**model.why, "additions": ", ".join(notes)})
 
 
 def _key(name: str) -> str:
@@ -173,6 +175,8 @@ def _names(model: Published, component: str) -> Iterator[tuple[str, Place]]:
     prefix = prefix or (f"lora_te{component[-1]}_" if component.startswith("text_encoder_") else None)
     if prefix is None:
         return
+    # kohya's trainer numbers T5 by its place in SD 3, in FLUX too.
+    third = component == "text_encoder_2" and "d_model" in model.configs.get(component, {})
     for name in model.tensors[component]:
         if name.endswith(".weight"):
             own = name.removesuffix(".weight")
@@ -181,6 +185,8 @@ def _names(model: Published, component: str) -> Iterator[tuple[str, Place]]:
                 yield _key(own), Place(own, (own,))
             if component.startswith("text_encoder"):
                 yield _key(f"{prefix}text_model.{own}"), Place(own, (own,))
+            if third:
+                yield _key(f"lora_te3_{own}"), Place(own, (own,))
     for place in _originals(model.configs.get(component, {})):
         if place.theirs.endswith(".weight") and all(name in model.tensors[component] for name in place.ours):
             ours = tuple(name.removesuffix(".weight") for name in place.ours)
@@ -200,9 +206,13 @@ def _deltas(parts: Mapping[str, Tensor], place: Place, own: Mapping[str, Tensor]
     """The change of each of our tensors that a module's parts make, shaped like it."""
     if "diff_b" in parts:
         yield from _cut(parts["diff_b"].float(), place, own, "bias")
-    if "dora_scale" in parts:
+    if magnitudes := parts.keys() & {"dora_scale", "magnitude"}:
         whole = to_theirs({name: own[f"{name}.weight"].float() for name in place.ours}, [place])[place.theirs]
-        yield from _cut(_rescaled(whole, delta(parts), parts["dora_scale"].float()) - whole, place, own, "weight")
+        kind = min(magnitudes)
+        scale = parts[kind].float()
+        # PEFT's are always of rows, though of a convolution they come as (1, out, 1, 1).
+        rows = kind == "magnitude" or scale.ndim < 2 or len(scale) == len(whole)
+        yield from _cut(_rescaled(whole, delta(parts), scale, rows) - whole, place, own, "weight")
     elif parts.keys() - {"alpha", "diff_b"}:
         yield from _cut(delta(parts), place, own, "weight")
 
@@ -251,12 +261,11 @@ def delta(parts: Mapping[str, Tensor]) -> Tensor:
     return change * scale
 
 
-def _rescaled(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
+def _rescaled(weight: Tensor, change: Tensor, magnitude: Tensor, rows: bool) -> Tensor:
     """W + ΔW with the length of each row, or of each column, set to a magnitude."""
     import torch
 
     new = weight + change.reshape(weight.shape)
-    rows = magnitude.numel() == len(new) and (magnitude.ndim < 2 or magnitude.shape[0] == len(new) or new.ndim > 2)
     axes = [d for d in range(new.ndim) if d != (0 if rows else 1)]
     shape = [n if d not in axes else 1 for d, n in enumerate(new.shape)]
     return new * (magnitude.reshape(shape) / torch.linalg.vector_norm(new, dim=axes, keepdim=True))

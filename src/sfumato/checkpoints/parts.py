@@ -17,18 +17,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoints import keymaps
 from sfumato.checkpoints.folder import tidy, weight_files
-from sfumato.checkpoints.formats import weights
-from sfumato.checkpoints.keymaps import Place, to_ours
+from sfumato.checkpoints.formats import weights, weights_header
+from sfumato.checkpoints.keymaps import Place
 from sfumato.checkpoints.published import Json, read_json
 from sfumato.checkpoints.single_file import (
     DENOISERS,
+    FLUX_TIMES,
     Shapes,
+    check_form,
     count,
     describe_autoencoder,
     describe_foreign,
@@ -36,6 +38,8 @@ from sfumato.checkpoints.single_file import (
     describe_unet,
     ignored,
     not_whole,
+    placed,
+    prediction_marks,
 )
 from sfumato.errors import BadCheckpoint
 
@@ -45,11 +49,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartOfModel:
-    """A network's configuration, its tensors under the folders' names, and the files that hold them."""
+    """A network's configuration, its tensors under the folders' names, and the files that hold them.
+
+    Args:
+        scheduler: what it changes of the model's scheduler, and ``why`` that is known.
+    """
 
     config: Json
     tensors: Mapping[str, Tensor]
     files: tuple[Path, ...]
+    scheduler: Json = field(default_factory=dict)
+    why: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_controlnet(path: Path, *, allow_pickle: bool = False) -> PartOfModel:
@@ -183,7 +193,7 @@ def _renamed(
     """A part whose tensors have their makers' names; BadCheckpoint if some have no place in it."""
     if left := raw.keys() - {p.theirs for p in places}:
         raise BadCheckpoint(f"{path}: {len(left)} tensors have no place in {what}: {min(left)}")
-    return PartOfModel(config, to_ours(raw, places), (path,))
+    return PartOfModel(config, placed(path, raw, places), (path,))
 
 
 def _is_control(name: str) -> bool:
@@ -291,6 +301,7 @@ def read_denoiser(path: Path, base: Json, *, allow_pickle: bool = False) -> Part
     Raises BadCheckpoint for what is none.
     """
     raw = weights(path, allow_pickle=allow_pickle)
+    check_form(path, raw)
     for part, sign in DENOISERS.items():
         prefix = next((p for p in (part.prefix, "") if f"{p}{sign}" in raw), None)
         if prefix is None:
@@ -313,5 +324,14 @@ def read_denoiser(path: Path, base: Json, *, allow_pickle: bool = False) -> Part
             raise BadCheckpoint(f"{path}: {len(left)} tensors have no place in a denoiser: {', '.join(left[:3])}")
         told = {**described, **base} if part.component == "unet" or dit else {**base, **described}
         told |= {k: base[k] for k in UNTOLD if k in base}
-        return PartOfModel(told, to_ours(own, places), (path,))
+        if dit and "pos_embed" in own:
+            told["sample_size"] = described["sample_size"]
+        why: dict[str, str] = {}
+        scheduler: Json = {}
+        if part.component == "unet":
+            metadata = weights_header(path, allow_pickle=allow_pickle).metadata
+            scheduler = prediction_marks(raw, metadata, why)
+        elif "guidance_embeds" in described and described["guidance_embeds"] != base.get("guidance_embeds", False):
+            scheduler = FLUX_TIMES[described["guidance_embeds"]]
+        return PartOfModel(told, placed(path, own, places), (path,), scheduler, why)
     raise BadCheckpoint(f"{path}: no denoiser: {describe_foreign({k: tuple(t.shape) for k, t in raw.items()})}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,9 +33,14 @@ Table = Callable[[Json], Iterator[Place]]
 _IGNORED = re.compile(
     r"model_ema\..*|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|scale_factor|loss\..*"
     r"|denoiser\..*|v_pred|ztsnr|.*\.position_ids|.*\.logit_scale|.*\.attn_mask|.*\.visual\..*|lvlb_weights"
-    r"|cond_stage_model\.model\.text_projection|first_stage_model\.loss\..*"
+    r"|cond_stage_model\.(model\.|transformer\.)?text_projection(\.weight)?|first_stage_model\.loss\..*"
     r"|.*\.encoder\.embed_tokens\.weight|text_encoders\.clip_l\.transformer\.text_projection\.weight"
 )
+
+
+# Of floats of eight bits that are to be multiplied by numbers of their own, as ComfyUI writes them.
+_SCALES = re.compile(r".*\.(scale_weight|weight_scale(_2)?)|(.*\.)?scaled_fp8")
+H_LAYERS_USED = 23  # of OpenCLIP H's 24
 
 
 def ignored(name: str) -> bool:
@@ -85,12 +90,11 @@ def read_single_file(
     Raises BadCheckpoint for a damaged file, an unknown layout, a part that is missing or a tensor that has no place.
     """
     header = weights_header(path, allow_pickle=allow_pickle)
-    shapes = {name: info.shape for name, info in header.tensors.items()}
+    shapes = {_todays(name): info.shape for name, info in header.tensors.items()}
     layout = single_file_layout(set(shapes))
     if layout is None:
         raise BadCheckpoint(f"{path}: {describe_foreign(shapes)}")
-    if edm := next((name for name in shapes if name.startswith("edm_")), None):
-        raise BadCheckpoint(f"{path}: holds {edm}, the mark of a network in EDM's form: not supported")
+    check_form(path, shapes)
     why = {"family": f"{layout.family}: it holds {layout.sign}"}
     tokenizers: Mapping[str, Mapping[str, str]] = {}
     if METADATA in header.metadata:
@@ -102,6 +106,7 @@ def read_single_file(
         why["configuration"] = "read from the shapes; number of heads and groups as published"
 
     raw = (read_weights if weights else placeholders)(path, allow_pickle=allow_pickle)
+    raw = {_todays(name): t for name, t in raw.items()}
     tensors: dict[str, dict[str, Tensor]] = {}
     used: set[str] = set()
     for part in layout.parts:
@@ -113,7 +118,7 @@ def read_single_file(
             places = list(prefixed(part.prefix, part.table(configs[part.component])))
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise BadCheckpoint(f"{path}: the {part.component}'s configuration is damaged: {e}") from None
-        tensors[part.component] = to_ours(raw, places)
+        tensors[part.component] = placed(path, raw, places)
         used |= {p.theirs for p in places}
     left = sorted(name for name in raw if name not in used and not ignored(name))
     if layout.family == "sd2":  # the last layer, whose output this family does not use
@@ -127,6 +132,32 @@ def read_single_file(
             f"{', …' if len(left) > 5 else ''} (--partial lets them pass)"
         )
     return Published(path, "single file", configs, tensors, tokenizers, why, (path,))
+
+
+def check_form(path: Path, names: Iterable[str]) -> None:
+    """Raise BadCheckpoint for weights that mean something else than they say: they would give noise."""
+    for name in names:
+        if name.startswith("edm_"):
+            raise BadCheckpoint(f"{path}: holds {name}, the mark of a network in EDM's form: not supported")
+        if _SCALES.fullmatch(name):
+            raise BadCheckpoint(
+                f"{path}: holds {name}: floats of eight bits with scales of their own are not supported, and --partial "
+                "would not help: take the same model in fp16, bf16 or plain fp8, or as GGUF"
+            )
+
+
+def placed(path: Path, raw: Mapping[str, Tensor], places: Iterable[Place]) -> dict[str, Tensor]:
+    """``to_ours``; BadCheckpoint for a tensor whose shape its place cannot take."""
+    try:
+        return to_ours(raw, places)
+    except (RuntimeError, ValueError, IndexError) as e:
+        raise BadCheckpoint(f"{path}: a tensor cannot be cut as its place wants: {str(e).splitlines()[0]}") from None
+
+
+def _todays(name: str) -> str:
+    """A tensor's name as transformers of today spell it: the oldest files leave out a part."""
+    old = re.match(r"cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)", name)
+    return f"{old[0]}text_model.{name[old.end() :]}" if old else name
 
 
 def write_single_file(model: Published, path: Path, layout: Layout) -> None:
@@ -202,6 +233,11 @@ def _described(path: Path, layout: Layout, shapes: Shapes) -> dict[str, Any]:
         except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as e:
             raise not_whole(f"{path}: its {part.component}", e) from None
     configs["vae"] |= layout.latents
+    if layout.family == "sd1" and configs["text_encoder"]["hidden_size"] == 1024:
+        raise BadCheckpoint(
+            f"{path}: Stable Diffusion 2's text tower under CLIP L's names, as stable-diffusion.cpp writes it: not "
+            "supported: take the safetensors of the same model"
+        )
     if layout.family == "sdxl":
         u, text = configs["unet"], configs["text_encoder_2"]
         sizes = 5 if layout.index.get("requires_aesthetics_score") else 6
@@ -220,15 +256,27 @@ def not_whole(what: str, error: Exception) -> BadCheckpoint:
 
 def _scheduler(layout: Layout, shapes: Shapes, metadata: Mapping[str, str], why: dict[str, str]) -> dict[str, Any]:
     scheduler = dict(layout.scheduler)
-    if any(name.endswith("guidance_in.in_layer.weight") for name in shapes):  # FLUX dev
-        scheduler |= {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
+    if any(name.endswith("guidance_in.in_layer.weight") for name in shapes):
+        scheduler |= FLUX_TIMES[True]
+    return scheduler | prediction_marks(shapes, metadata, why)
+
+
+FLUX_TIMES: Mapping[bool, Json] = {  # of dev, which is told the guidance scale, and of schnell
+    True: {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15},
+    False: {"use_dynamic_shifting": False, "shift": 1.0},
+}
+
+
+def prediction_marks(names: Collection[str], metadata: Mapping[str, str], why: dict[str, str]) -> dict[str, Any]:
+    """What a file's marks say of a U-Net's scheduler; ``why`` gets the reason."""
+    scheduler: dict[str, Any] = {}
     stated = metadata.get("modelspec.prediction_type", "").lower()
-    if "v_pred" in shapes:
+    if "v_pred" in names:
         scheduler["prediction_type"], why["prediction"] = "v_prediction", "v: the file holds the mark v_pred"
     elif stated.startswith("v") or stated in ("epsilon", "eps"):
         scheduler["prediction_type"] = "v_prediction" if stated.startswith("v") else "epsilon"
         why["prediction"] = f"{stated}: stated in the file's metadata"
-    if "ztsnr" in shapes:
+    if "ztsnr" in names:
         scheduler["rescale_betas_zero_snr"] = True
     return scheduler
 
@@ -315,7 +363,7 @@ def describe_unet(s: Shapes) -> dict[str, Any]:
         "projection_class_embeddings_input_dim": vector or None,
         "num_class_embeds": s["label_emb.weight"][0] if "label_emb.weight" in s else None,
         "time_cond_proj_dim": s["time_embed.cond_proj.weight"][1] if "time_embed.cond_proj.weight" in s else None,
-        "sample_size": 64,
+        "sample_size": 128 if vector else None if linear else 64,  # SD 2 is of 64 or 96, which no shape tells
     }
 
 
@@ -417,7 +465,9 @@ def _describe_clip_g(s: Shapes) -> dict[str, Any]:
 
 
 def _describe_sd2_text(s: Shapes) -> dict[str, Any]:
-    return describe_open_clip(s, skipped=1, projected=False)
+    """OpenCLIP H without its last layer, which some files leave out together with the projection after it."""
+    whole = "text_projection" in s or count(s, r"transformer\.resblocks\.(\d+)\.") > H_LAYERS_USED
+    return describe_open_clip(s, skipped=int(whole), projected=False)
 
 
 def describe_t5(s: Shapes) -> dict[str, Any]:

@@ -22,24 +22,32 @@ def warn(request: Request, pipe: Pipeline) -> None:
         sys.stderr.write(printable(warning) + "\n")
 
 
-def draw(pipe: Pipeline, request: Request, *, film: bool = False) -> tuple[list[Picture], list[Pixels]]:
-    """Return the pictures and, if asked for, a frame for each step."""
+def draw(
+    pipe: Pipeline, request: Request, ready: Callable[[Picture], None] = lambda _: None, *, film: bool = False
+) -> tuple[list[Picture], list[Pixels]]:
+    """Return a resolved request's pictures and, if asked for, a frame for each step.
+
+    Args:
+        ready: told of each picture when it is done, before the next one is.
+    """
     from sfumato.pipeline.picture import Picture, sheet
 
     pictures: list[Picture] = []
-    frames: list[Pixels] = []
+    steps: list[list[Pixels]] = []  # of each, all that are drawn
     with _progress(pipe.steps(request)) as advance:
         for event in pipe.run(request):
             if isinstance(event, Picture):
+                ready(event)
                 pictures.append(event)
                 continue
             advance()
             if film:
-                frames.append(sheet(pipe.pixels(event.preview)))
-    if film:
-        last = sheet([p.pixels for p in pictures])
-        frames = [_as_large(f, last) for f in frames] + [last]
-    return pictures, frames
+                steps.append(pipe.pixels(event.preview))
+    if not film:
+        return pictures, []
+    kept = [j for j in range(request.drawn) if any(p.request == request.draw(j) for p in pictures)]
+    last = sheet([p.pixels for p in pictures])
+    return pictures, [*(_as_large(sheet([of[j] for j in kept]), last) for of in steps), last]
 
 
 def _as_large(frame: Pixels, other: Pixels) -> Pixels:

@@ -30,15 +30,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--noise", metavar="PICTURE", help="another picture to send down into the noise")
     parser.add_argument("--steps", metavar="K,K,…", help="steps in which samplers are compared (default: 5,10,20,50)")
     args = parser.parse_args(argv)
-    beside = str(Path(args.picture).with_suffix(".html"))
-    target = Target.plan_file(beside if args.out is None else args.out, args.force, ".html")
+    if args.critic:
+        raise BadRequest("--critic chooses among several pictures, and explain draws one: leave it out")
     steps = _steps(args.steps)
 
     from sfumato.pipeline.picture import read
 
     stored = read(args.picture)
+    beside = str(Path(args.picture).with_suffix(".html"))
+    target = Target.plan_file(beside if args.out is None else args.out, args.force, ".html")
     if stored.picture.request.n != 1:
         raise BadRequest(f"{args.picture} is a grid of {stored.picture.request.n} pictures: explain one of them")
+    if stored.picture.request.best_of != 1:
+        raise BadRequest(f"{args.picture} is of an old form that does not tell its seed: replay it, and explain that")
 
     from sfumato.inside.compute import fitted
     from sfumato.inside.report import report
@@ -66,6 +70,6 @@ def _steps(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.split(",")
-    if not all(p.strip().isdecimal() and 1 <= int(p) <= 500 for p in parts) or len(parts) > 8:
-        raise BadRequest(f"--steps must be up to 8 whole numbers from 1 to 500 with commas between, not {text!r}")
+    if not all(p.strip().isdecimal() and 1 <= int(p.strip()[:9]) <= 500 for p in parts) or len(parts) > 8:
+        raise BadRequest(f"--steps must be up to 8 whole numbers from 1 to 500 with commas between, not {text[:60]!r}")
     return tuple(sorted({int(p) for p in parts}))

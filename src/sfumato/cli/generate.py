@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfumato.cli.drawing import draw, warn
 from sfumato.cli.flags import add_model_flags, add_output_flags, add_request_flags, request_of, scale_of
@@ -11,6 +13,9 @@ from sfumato.cli.loading import load_pipeline
 from sfumato.cli.output import Target, report
 from sfumato.console import Parser
 from sfumato.errors import BadRequest
+
+if TYPE_CHECKING:
+    from sfumato.pipeline.picture import Picture
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,12 +37,19 @@ def main(argv: Sequence[str]) -> int:
     pipe = load_pipeline(args)
     request = request.resolve(pipe.model)
     warn(request, pipe)
-    pictures, frames = draw(pipe, request, film=film is not None)
-    if args.grid:
-        from sfumato.pipeline.picture import grid
+    from sfumato.pipeline.picture import check_readable, grid
 
+    check_readable(request, pipe.model.multiple, scale=scale, together=args.grid)
+    paths: list[Path] = []
+
+    def ready(picture: Picture) -> None:  # each is written when it is ready: an interrupted run loses none
+        if not args.grid:
+            paths.append(target.write(picture, len(paths), scale))
+
+    pictures, frames = draw(pipe, request, ready, film=film is not None)
+    if args.grid:
         pictures = [grid(pictures, request)]
-    paths = [target.write(p, i, scale) for i, p in enumerate(pictures)]
+        paths = [target.write(pictures[0], 0, scale)]
     if film is not None:
         film.write_film(frames, scale or pictures[0].viewing_scale)
     report(pictures, paths, started, as_json=args.json, film=film and film.path())

@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--film", metavar="FILE.gif", help="also write them as a film")
     args = parser.parse_args(argv)
     request = request_of(args)
+    if args.critic:
+        raise BadRequest("--critic chooses among several pictures, which interpolate does not draw: leave it out")
     if not (args.frames.isdecimal() and 2 <= int(args.frames[:9]) <= MAX_PICTURES):
         raise BadRequest(f"frames must be a whole number from 2 to {MAX_PICTURES}, not {args.frames[:40]!r}")
     if request.prompt_to is None:

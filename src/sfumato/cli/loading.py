@@ -97,9 +97,10 @@ def _picture_again(
     known = Path(picture.name)
     inside = not known.is_absolute() and ".." not in known.parts and picture.name != ""
     places = [known, Path(args.picture).parent / known.name] if inside else []
-    for place in places:
-        if place.is_file():
-            return picture.with_data(name, PictureFile.open(name, place))
+    here = [PictureFile.open(name, place) for place in places if place.is_file()]
+    for found in here:
+        if found == picture or found is here[-1]:
+            return picture.with_data(name, found)  # raises what is wrong with the last
     raise BadRequest(
         f"{args.picture} was made from a picture that is not here: {known.name or 'one without a name'}, "
         f"SHA-256 {picture.sha256[:12]}…; say where it lies with --{name.replace('_', '-')}"

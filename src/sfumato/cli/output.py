@@ -36,6 +36,8 @@ class Target:
         path = Path("outputs") if out is None else _path(out)
         folder = path.suffix == "" or ((out or "").endswith(("/", os.sep)) and path.suffix.lower() != ".png")
         if out is None or os.path.isdir(path) or folder:
+            if force:
+                raise BadRequest(f"--force replaces a file, and in a folder ({path}) names are new: leave it out")
             check_writable(path)
             return cls(path, None, files, False)
         return cls._named(out, force, files, ".png")
@@ -50,7 +52,7 @@ class Target:
         path = _path(out)
         if path.suffix.lower() != suffix or out.endswith(("/", os.sep)):
             raise BadRequest(f"cannot write {path}: its name must end in {suffix}")
-        target = cls(path.parent, path.stem, files, force, suffix)
+        target = cls(path.parent, path.stem, files, force, path.suffix)
         for i in range(files):
             check_target(target.path(i), suffix, overwrite=force)
         return target
@@ -69,7 +71,11 @@ class Target:
         while True:
             path = self.folder / (f"{stem}.png" if again == 1 else f"{stem}-{again}.png")
             if not os.path.lexists(path):
-                return picture.save(path, scale=scale, overwrite=False)
+                try:
+                    return picture.save(path, scale=scale, overwrite=False)
+                except BadRequest:
+                    if not os.path.lexists(path):  # else another run took the name meanwhile
+                        raise
             again += 1
 
     def write_film(self, frames: Sequence[Pixels], scale: int) -> None:

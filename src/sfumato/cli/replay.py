@@ -10,6 +10,7 @@ from sfumato.cli.flags import add_output_flags, add_recorded_flags, scale_of
 from sfumato.cli.loading import load_recorded
 from sfumato.cli.output import Target, report
 from sfumato.console import Parser
+from sfumato.errors import BadRequest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,15 +33,18 @@ def main(argv: Sequence[str]) -> int:
     old = stored.picture
     scale = scale_of(args.scale) or stored.scale
     target = Target.plan(args.out, args.force, files=1)
+    if args.critic and old.request.best_of == 1:
+        raise BadRequest(f"--critic chooses among several pictures, and {args.picture} was the only one: leave it out")
     pipe, request = load_recorded(args, old)
+    request = request.resolve(pipe.model)
     pictures, _ = draw(pipe, request)
     new = pictures[0] if request.n == 1 else grid(pictures, request)
     same = np.array_equal(enlarge(new.pixels, stored.scale), stored.pixels)
     path = target.write(new, 0, scale)
     changes = [
-        f"{what} {old.made_with[what]} is now {now}"
-        for what, now in new.made_with.items()
-        if old.made_with.get(what, now) != now
+        f"{what} {was} is now {new.made_with.get(what, 'not known')}"
+        for what, was in old.made_with.items()
+        if new.made_with.get(what) != was
     ]
     verdict = "pixels equal" if same else "pixels differ" + (f" ({', '.join(changes)})" if changes else "")
     report([new], [path], started, as_json=args.json, note=verdict, more={"equal": same, "changes": changes})

@@ -198,6 +198,8 @@ def _read(
 
     if path.is_dir():
         return read_folder(path, variant, weights=weights, allow_pickle=allow_pickle)
+    if variant:
+        raise BadRequest(f"{path}: a single file, and variant is for folders: leave it out")
     return read_single_file(path, weights=weights, allow_pickle=allow_pickle, partial=partial)
 
 

@@ -24,6 +24,7 @@ NETWORKS = ("denoiser", "vae", "controlnet", "ip_adapter", "image_encoder")
 KINDS = ("lora", "embedding", *NETWORKS)
 MAX_ADDITIONS = 64
 MAX_WEIGHT = 100.0
+NOTATION = "()[]\\"  # of weights in prompts
 
 Location: TypeAlias = "str | os.PathLike[str]"
 Lora: TypeAlias = "Location | tuple[Location, float]"
@@ -131,8 +132,11 @@ class Additions:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= MAX_WEIGHT:
                 raise BadRequest(f"the weight of {path} must be a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
         for word in embeddings or {}:
-            if not word or len(word) > 100 or any(c.isspace() or not c.isprintable() for c in word):
-                raise BadRequest(f"a learned word must be 1 to 100 letters without spaces, not {word[:100]!r}")
+            if not word or len(word) > 100 or any(c.isspace() or not c.isprintable() or c in NOTATION for c in word):
+                raise BadRequest(
+                    f"a learned word must be 1 to 100 letters without spaces and without {' '.join(NOTATION)}, "
+                    f"which weigh words in prompts, not {word[:100]!r}"
+                )
         controls = [controlnet] if isinstance(controlnet, (str, os.PathLike)) else list(controlnet)
         if max(len(pairs), len(embeddings or {}), len(controls)) > MAX_ADDITIONS:
             raise BadRequest(f"at most {MAX_ADDITIONS} files of a kind can be added")
@@ -222,17 +226,21 @@ def _with(model: Published, component: str, path: Path, part: PartOfModel) -> Pu
 
     if damaged := non_finite(part.tensors):
         raise BadCheckpoint(f"{path}: NaN or infinity in {damaged[0]}, and in {len(damaged) - 1} more tensors")
+    configs = {**model.configs, component: part.config}
+    if part.scheduler:
+        configs["scheduler"] = {**model.configs.get("scheduler", {}), **part.scheduler}
     return replace(
         model,
-        configs={**model.configs, component: part.config},
+        configs=configs,
         tensors={**model.tensors, component: part.tensors},
+        why={**model.why, **part.why},
         files=(*model.files, *part.files),
     )
 
 
 def _with_autoencoder(model: Published, path: Path, part: PartOfModel) -> Published:
     """The model with another autoencoder, or only another decoder, for the same latents."""
-    own, config = model.configs["vae"], dict(part.config)
+    own, config = model.config("vae"), dict(part.config)
     if (theirs := config.get("latent_channels", 4)) != (ours := own.get("latent_channels", 4)):
         raise BadCheckpoint(f"{path}: an autoencoder for another family: of {theirs} channels, where {ours} are needed")
     if config["_class_name"] == "AutoencoderKL":  # the denoiser's latents keep their scale

@@ -35,7 +35,7 @@ from sfumato.networks.sd_unet import SDUNet
 from sfumato.networks.statistics import with_fixed_norms
 from sfumato.networks.stored import Mappings, in_dtype, keeper
 from sfumato.text.clip import CLIPText
-from sfumato.text.prompt import chunks, grid, parse, spell_prompt, weigh
+from sfumato.text.prompt import chunks, grid, parse, spell_prompt, weigh, without_breaks
 from sfumato.text.spelling import Word
 from sfumato.text.t5 import T5Encoder
 from sfumato.text.tokenizer import T5_ROWS, Words, clip_words, packaged_t5, t5_words
@@ -251,14 +251,14 @@ class LongTower:
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """States (B, M, D) of the prompts, padding among them, as the published models were trained."""
-        first = [chunks(prompt.replace("BREAK", " "), self.words)[0] for prompt in prompts]
+        first = [chunks(without_breaks(prompt), self.words)[0] for prompt in prompts]
         device = self.network.shared.weight.device
         states = self.network(torch.tensor([c.ids for c in first], device=device))
         return weigh(states, torch.tensor([c.weights for c in first], device=device))
 
     def spell(self, prompt: str) -> list[Word]:
         """The prompt's words with their columns of the states."""
-        return spell_prompt(prompt.replace("BREAK", " "), self.words, rows=1)
+        return spell_prompt(without_breaks(prompt), self.words, rows=1)
 
     def truncated(self, prompt: str) -> int:
         """Number of a prompt's tokens that do not fit."""
@@ -298,6 +298,7 @@ def no_t5(model: Published, component: str) -> str:
 
 def _check_vocabulary(model: Published, component: str, words: Words, known: int) -> None:
     pieces = words.tokenizer.get_vocab_size()
+    pieces = max(pieces, 1 + max((i for ids in words.added.values() for i in ids), default=-1))
     if pieces > known:
         raise BadCheckpoint(f"{model.path}: the tokenizer has {pieces} pieces, but the {component} knows {known}")
 

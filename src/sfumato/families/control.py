@@ -40,15 +40,15 @@ def attach(model: Model, published: Published) -> Model:
 def _build(model: Model, unet: SDUNet, published: Published, component: str) -> ControlNet:
     raw = published.configs[component]
     config, own = controlnet_config(raw), unet.config
-    if raw.get("read from shapes"):  # which do not tell these
-        shape = replace(config.unet, heads=own.heads, groups=own.groups, size_dim=own.size_dim)
-        config = replace(config, unet=shape)
     for what in ("widths", "blocks", "depth", "context_dim", "vector"):
         theirs, ours = getattr(config.unet, what), getattr(own, what)
         if theirs != ours:
             raise BadCheckpoint(
                 f"{published.path}: the ControlNet is for another family: its {what} are {theirs}, the U-Net's {ours}"
             )
+    if raw.get("read from shapes"):  # which do not tell these
+        shape = replace(config.unet, heads=own.heads, groups=own.groups, size_dim=own.size_dim)
+        config = replace(config, unet=shape)
     if config.factor != model.factor:
         raise BadCheckpoint(
             f"{published.path}: the ControlNet reads {config.factor} pixels a cell, the autoencoder {model.factor}"

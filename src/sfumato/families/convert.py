@@ -34,6 +34,8 @@ def convert(source: Path, target: Path, variant: str | None = None, *, allow_pic
     A pickle or a GGUF file becomes a safetensors file of the same tensors if the target's name ends so. Raises
     BadCheckpoint if the source is not whole, has no other form, or the target exists.
     """
+    if variant and not source.is_dir():
+        raise BadRequest(f"{source}: a single file, and variant is for folders: leave it out")
     if source.is_dir():
         if target.suffix != ".safetensors":
             raise BadRequest(f"{target}: a folder becomes a single file, whose name must end in .safetensors")

@@ -185,6 +185,8 @@ def build_native(path: Path, tensors: Mapping[str, Tensor], metadata: str) -> tu
         meta = json.loads(metadata)
         config = from_dict(NativeConfig, meta["config"], "config")
         native = Native(config, build_tokenizer(config.text, meta["tokenizer"]))
+        config.build_schedule()
+        card = {str(k): str(v) for k, v in meta["card"].items()}
     except Exception as e:  # the tokenizer library raises bare Exceptions
         raise BadCheckpoint(f"{path}: its configuration cannot be read ({e})") from None
     try:
@@ -192,7 +194,7 @@ def build_native(path: Path, tensors: Mapping[str, Tensor], metadata: str) -> tu
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{path}: {e}") from None
     native = native.float().eval().requires_grad_(False)
-    return native.to(memory_format=torch.channels_last), meta["card"]  # pyright: ignore[reportCallIssue]
+    return native.to(memory_format=torch.channels_last), card  # pyright: ignore[reportCallIssue]
 
 
 def _own_channels(channels: int) -> Callable[[Tensor], Tensor]:

@@ -143,23 +143,33 @@ class Run:
         }
 
 
+def check(pipe: Pipeline, request: Request, names: Sequence[str], steps: Sequence[int]) -> list[Request]:
+    """Return the requests of a comparison of samplers: the solution's in half its steps, its own, and each run's.
+
+    Raises BadRequest for one that cannot be served, before any is drawn.
+    """
+    if not names or not steps:
+        raise BadRequest("name at least one sampler and one number of steps to compare")
+    most = max(EXACT_STEPS, min(1000, 2 * max(steps)))
+    runs = [(EXACT, most // 2), (EXACT, most), *((name, k) for name in names for k in steps)]
+    asked = [replace(request.single(), sampler=name, eta=None, steps=k).resolve(pipe.model) for name, k in runs]
+    for one in asked:
+        try:
+            pipe.paths(one)
+        except BadRequest as e:
+            raise BadRequest(f"samplers cannot be compared in {one.steps} steps, choose others: {e}", "steps") from None
+    return asked
+
+
 def samplers(
     pipe: Pipeline, request: Request, names: Sequence[str] = COMPARED, steps: Sequence[int] = STEPS
 ) -> Iterator[Progress | Solution | Run]:
-    """Yield the converged solution, computed in twice the most steps, then each sampler's runs."""
-    if not names or not steps:
-        raise BadRequest("name at least one sampler and one number of steps to compare")
-
-    def asking(sampler: str, k: int) -> Request:
-        return replace(request.single(), sampler=sampler, eta=None, steps=k).resolve(pipe.model)
-
-    most = max(EXACT_STEPS, min(1000, 2 * max(steps)))
-    exact, half = asking(EXACT, most), asking(EXACT, most // 2)
-    asked = [asking(name, k) for name in names for k in steps]
+    """Yield the converged solution, computed in twice the most steps or in more, then each sampler's runs."""
+    half, exact, *asked = check(pipe, request, names, steps)
     count = Counter(pipe, [half, exact, *asked])
     rough, _ = yield from draw(pipe, half, count)
     x, picture = yield from draw(pipe, exact, count)
-    yield Solution(most, x, picture.pixels, distance(x, rough))
+    yield Solution(exact.steps or 0, x, picture.pixels, distance(x, rough))
     for one in asked:
         y, picture = yield from draw(pipe, one, count)
         sampler, k = SAMPLERS[str(one.sampler)], one.steps or 0

@@ -28,7 +28,7 @@ def path(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
     """Frames of a picture's path; ``pixels``, their digest, tells whether the picture came out equal."""
     request = _request(pipe, arguments)
     words = [word.text for word in paths.words_of(pipe, request)]
-    yield {"kind": "start", "words": words, "levels": len(pipe.path(request))}, b""
+    yield {"kind": "start", "words": words, "levels": pipe.steps(request) + 1}, b""
     for event in paths.trajectory(pipe, request):
         if isinstance(event, Picture):
             known = arguments.get("pixels")
@@ -53,9 +53,9 @@ def samplers(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
 def forward(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
     """The schedule, and ``source``, a PNG as base64, under the noise of each level."""
     request = _request(pipe, arguments)
-    visited = pipe.path(request)
-    drawn = paths.curve(pipe.model.schedule, visited)
-    yield {"kind": "start", "schedule": drawn.to_dict(), "levels": len(visited) - 1}, b""
+    visited = pipe.paths(request)
+    drawn = paths.curve(pipe.model.schedule, [level for one in visited for level in one])
+    yield {"kind": "start", "schedule": drawn.to_dict(), "levels": len(visited[0]) - 1}, b""
     with Image.open(io.BytesIO(base64.b64decode(arguments["source"])), formats=["PNG"]) as image:
         pixels = fitted(image, request)
     for noised in paths.forward(pipe, request, pixels):

@@ -6,7 +6,7 @@ x_p ─ denoise ─► (x0, ε) ─ mix at q ─► x_q          one frame: leve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sfumato.diffusion.level import NoiseLevel, q_sample
 from sfumato.diffusion.schedules import Schedule
-from sfumato.diffusion.spacings import Path
 from sfumato.errors import BadRequest
 from sfumato.inside.attention import Maps, maps, watch
 from sfumato.inside.record import Json, data_url, level_dict, number
@@ -113,10 +112,10 @@ class Curve:
         }
 
 
-def curve(schedule: Schedule, path: Path) -> Curve:
+def curve(schedule: Schedule, visited: Sequence[NoiseLevel]) -> Curve:
     """Sample a schedule evenly in time, from its cleanest to its noisiest."""
     times = np.linspace(schedule.t_min, schedule.t_max, POINTS)
-    return Curve(tuple(schedule(float(t)) for t in times), tuple(path))
+    return Curve(tuple(schedule(float(t)) for t in times), tuple(visited))
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,6 +45,7 @@ def report(
         tell: called as the work goes on.
     """
     request = picture.request.resolve(pipe.model)
+    compare.check(pipe, request, samplers, steps)  # before minutes of drawing
     words = [word.text for word in path.words_of(pipe, request)]
     frames: list[path.Frame] = []
     equal = False
@@ -53,11 +54,11 @@ def report(
             equal = np.array_equal(event.pixels, picture.pixels)
         else:
             frames.append(event)
-            tell("its path", len(frames), len(pipe.path(request)))
+            tell("its path", len(frames), pipe.steps(request) + 1)
     swept = [] if pipe.model.distilled else _found(compare.guidance(pipe, request, weights), "guidance", tell)
     exact, *runs = _found(compare.samplers(pipe, request, samplers, steps), "samplers", tell)
     noised = list(path.forward(pipe, request, source)) if pipe.model.encode_picture is not None else []
-    drawn = path.curve(pipe.model.schedule, pipe.path(request))
+    drawn = path.curve(pipe.model.schedule, [level for one in pipe.paths(request) for level in one])
     assert isinstance(exact, compare.Solution)
     body = "".join(
         [
@@ -124,7 +125,8 @@ def _words(frames: Sequence[path.Frame], words: Sequence[str]) -> str:
             "<section><h2>Where each word looked</h2><p>This network attends to no words: it is told them by other "
             "ways.</p></section>"
         )
-    chosen = [seen[round(k * (len(seen) - 1) / max(1, SHOWN - 1))] for k in range(min(SHOWN, len(seen)))]
+    shown = min(SHOWN, len(seen))
+    chosen = [seen[round(k * (len(seen) - 1) / max(1, shown - 1))] for k in range(shown)]
     head = "".join(f'<th scope="col">{i}: σ {f.level.sigma:.2g}</th>' for i, f in chosen)
     names = [*words, "start and end"]
     rows = ""

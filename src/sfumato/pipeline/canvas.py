@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KEPT = 4  # a picture of up to so many times the model's own number of pixels, or that part of it, keeps its size
 
+MASKS_GROUND = "black"  # strokes on a transparent layer, as editors save them, are the mask
 BLACK = "the mask is all black: paint white what is to be repainted"
 
 
@@ -78,11 +79,11 @@ def upright(what: str, picture: PictureFile) -> Image.Image:
 
 
 def mask_of(mask: PictureFile, init: PictureFile, margins: bool) -> Image.Image:
-    """A mask as grey, white where to repaint.
+    """A mask as grey, white where to repaint; what is transparent in it is left alone.
 
     Raises BadRequest for one that is not as large as its picture, or black where no margins are to be painted either.
     """
-    image, size = mask.image("mask").convert("L"), init.image("init").size
+    image, size = mask.image("mask", MASKS_GROUND).convert("L"), init.image("init").size
     if image.size != size:
         what = f"the mask is {image.width}x{image.height}, but the picture {size[0]}x{size[1]}"
         raise BadRequest(f"{what}: a mask is as large as its picture", "mask")

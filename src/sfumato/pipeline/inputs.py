@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_BYTES = 32 << 20
-MAX_NAME = 255  # characters
+MAX_NAME = 4096  # characters; a path's, as systems have it
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,7 @@ class PictureFile:
         if isinstance(value, Mapping):
             return _from_record(what, value)
         if hasattr(value, "save") and hasattr(value, "getexif"):  # Pillow's, which is not imported for it
-            file = io.BytesIO()
-            value.save(file, "PNG")
-            return cls.from_bytes(what, file.getvalue())
+            return cls.from_bytes(what, _png(what, value))
         raise BadRequest(f"{what} must be a picture: bytes, base64 text, a Pillow image or a pathlib.Path", what)
 
     @classmethod
@@ -91,7 +90,8 @@ class PictureFile:
         except (OSError, ValueError) as e:
             raise BadRequest(f"{what} {path}: {getattr(e, 'strerror', None) or e}", what) from None
         local = not path.is_absolute() and ".." not in path.parts
-        return cls.from_bytes(what, data, path.as_posix() if local else path.name)
+        name = path.as_posix() if local and len(path.as_posix()) <= MAX_NAME else path.name
+        return cls.from_bytes(what, data, "".join("?" if _unnamable(c) else c for c in name))
 
     def to_json(self, data: bool) -> dict[str, str]:
         """A record of the picture, with its bytes as base64 if asked for; ``of`` is the way back."""
@@ -110,35 +110,56 @@ class PictureFile:
             )
         return replace(self, data=found.data)
 
-    def image(self, what: str) -> Image.Image:
-        """The picture as upright RGB; BadRequest with the reason if it is none, or not at hand."""
-        return self._decoded(what)[0]
+    def image(self, what: str, background: str = "white") -> Image.Image:
+        """The picture as upright RGB on a background; BadRequest with the reason if it is none, or not at hand."""
+        return self._decoded(what, background)[0]
 
-    def told(self, what: str) -> tuple[str, ...]:
+    def told(self, what: str, background: str = "white") -> tuple[str, ...]:
         """What was done to make it upright RGB."""
-        return self._decoded(what)[1]
+        return self._decoded(what, background)[1]
 
-    def _decoded(self, what: str) -> tuple[Image.Image, tuple[str, ...]]:
-        from sfumato.decode import PictureError
-
-        try:
-            return self._image
-        except PictureError as e:
-            raise BadRequest(f"{_called(what, self.name)}: {e}", what) from None
-
-    @cached_property
-    def _image(self) -> tuple[Image.Image, tuple[str, ...]]:
+    def _decoded(self, what: str, background: str) -> tuple[Image.Image, tuple[str, ...]]:
         from sfumato.decode import PictureError, decode_and_tell
 
-        if self.data is None:
-            raise PictureError(f"not at hand (SHA-256 {self.sha256[:12]}…): say where the file is")
-        return decode_and_tell(self.data)
+        if background not in self._on:
+            try:
+                if self.data is None:
+                    raise PictureError(f"not at hand (SHA-256 {self.sha256[:12]}…): say where the file is")
+                self._on[background] = decode_and_tell(self.data, background)
+            except PictureError as e:
+                raise BadRequest(f"{_called(what, self.name)}: {e}", what) from None
+        return self._on[background]
+
+    @cached_property
+    def _on(self) -> dict[str, tuple[Image.Image, tuple[str, ...]]]:
+        return {}  # by the background
+
+
+_IN_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # modes
+
+
+def _png(what: str, image: Any) -> bytes:
+    """A Pillow image as PNG with its orientation."""
+    file = io.BytesIO()
+    try:
+        exif = image.getexif()
+        if image.mode not in _IN_PNG:
+            image = image.convert("RGBA" if image.mode.endswith("a") else "RGB")
+        image.save(file, "PNG", **({"exif": exif} if len(exif) else {}))
+    except (OSError, ValueError, SyntaxError) as e:
+        raise BadRequest(f"{what} is a Pillow image that cannot be read: {e}", what) from None
+    return file.getvalue()
+
+
+def _unnamable(c: str) -> bool:
+    """Whether a character cannot be kept in a file's name: controls, and halves of characters."""
+    return unicodedata.category(c) in ("Cc", "Cs")
 
 
 def _from_record(what: str, record: Mapping[str, Any]) -> PictureFile:
     sha256, name, data = record.get("sha256"), record.get("name", ""), record.get("data")
     if not set(record) <= {"sha256", "name", "data"} or not (
-        isinstance(name, str) and len(name) <= MAX_NAME and name.isprintable()
+        isinstance(name, str) and len(name) <= MAX_NAME and not any(map(_unnamable, name))
     ):
         raise BadRequest(f"{what} must have sha256, name and data as text, and nothing else", what)
     if data is not None:

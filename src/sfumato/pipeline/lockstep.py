@@ -127,7 +127,7 @@ class Lockstep:
                     self._answer(runs[i : i + self.batch])
         for run in list(self._runs):
             events, run._events = run._events, []
-            if run._loop.dead:
+            if run._loop.dead and run in self._runs:  # whoever takes the events may cancel others
                 self._runs.remove(run)
             for event in events:
                 yield run, event

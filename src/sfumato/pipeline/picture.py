@@ -26,8 +26,8 @@ from sfumato.pipeline.request import Request
 from sfumato.pixels import Pixels
 
 FORMAT = 1  # of the JSON record
-MAX_FILE = 64 << 20  # bytes
-MAX_PIXELS = 1 << 25
+MAX_PIXELS = 1 << 27
+MAX_FILE = 3 * MAX_PIXELS + (16 << 20)  # bytes: pixels that cannot be compressed, and the record
 MAX_SCALE = 64
 OTHER_KINDS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 SHOWN = 256  # pixels of the longer side, at least, for a picture that is to be looked at
@@ -171,6 +171,8 @@ def grid(pictures: Sequence[Picture], request: Request | None = None) -> Picture
     if not pictures:
         raise BadRequest("a grid needs at least one picture")
     first = pictures[0]
+    if len(pictures) == 1:
+        return first
     whole = request or replace(first.request, n=len(pictures))
     for i, p in enumerate(pictures):
         of = range(i * whole.best_of, (i + 1) * whole.best_of)
@@ -178,6 +180,26 @@ def grid(pictures: Sequence[Picture], request: Request | None = None) -> Picture
         if not follows or (p.model_hash, p.ingredients) != (first.model_hash, first.ingredients):
             raise BadRequest("a grid is made of the pictures of one request: the same settings, seed after seed")
     return replace(first, pixels=sheet([p.pixels for p in pictures]), request=whole)
+
+
+def check_readable(request: Request, unit: int, *, scale: int | None = None, together: bool = False) -> None:
+    """Raise BadRequest for a resolved request whose file would have more pixels than ``read`` takes.
+
+    Args:
+        unit: the model's, for ``hires``.
+        scale: of the file; None for the one at which a picture can be looked at.
+        together: whether all its pictures go into one file.
+    """
+    width, height = (side * (request.upscale or 1) for side in request.enlarged(unit))
+    columns = math.ceil(math.sqrt(request.n)) if together else 1
+    rows = math.ceil(request.n / columns) if together else 1
+    width, height = width * columns, height * rows
+    factor = scale or max(1, -(-SHOWN // max(width, height)))
+    if width * height * factor**2 > MAX_PIXELS:
+        raise BadRequest(
+            f"the file would have {width * factor}x{height * factor} pixels, and {MAX_PIXELS} are the most that can be "
+            "read again: fewer pictures in a grid, a smaller scale, or less upscale"
+        )
 
 
 def read(path: str | os.PathLike[str]) -> Stored:
@@ -260,7 +282,8 @@ def _more_parameters(r: Request) -> dict[str, Any]:
     if r.variation_strength > 0:
         more |= {"Variation seed": r.variation_seed, "Variation seed strength": r.variation_strength}
     if r.hires is not None:
-        more |= {"Hires upscale": r.hires, "Denoising strength": r.hires_strength}
+        which = "Denoising strength" if r.init is None else "Hires denoising strength"
+        more |= {"Hires upscale": r.hires, which: r.hires_strength}
     if r.upscale not in (None, 1):
         more["Postprocess upscale by"] = r.upscale
     return more

@@ -42,7 +42,8 @@ from sfumato.families.additions import Lora
 from sfumato.families.common import Way
 from sfumato.families.model import Conditioning, Model
 from sfumato.networks.stored import in_dtype
-from sfumato.pipeline.canvas import Canvas, canvas_of, cover, upright
+from sfumato.pipeline.canvas import MASKS_GROUND, Canvas, canvas_of, cover, upright
+from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.request import GUIDES, Request, each, each_range
@@ -405,8 +406,19 @@ class Pipeline:
         for name in cut:
             if tag := _TAG.search(getattr(request, name) or ""):
                 told.append(f"{name}: {tag[0]} is read as plain words: add files to the model where it is loaded")
-        if canvas is not None and canvas.told and request.init is not None:
-            told.append(f"{PurePath(request.init.name).name or 'init'}: {', '.join(canvas.told)}")
+        given: list[tuple[str, PictureFile, Sequence[str]]] = []
+        if canvas is not None and request.init is not None:
+            given.append(("init", request.init, canvas.told))
+        if request.mask is not None:
+            given.append(("mask", request.mask, request.mask.told("mask", MASKS_GROUND)))
+        for name in GUIDES:
+            for picture in each(getattr(request, name)):
+                changes = list(picture.told(name))
+                size = picture.image(name).size
+                if self.model.guides[name].sized and size != request.size:
+                    changes.append("{}x{} brought to {}x{}".format(*size, *request.size))
+                given.append((name, picture, changes))
+        told += [f"{PurePath(p.name).name or what}: {', '.join(changes)}" for what, p, changes in given if changes]
         return tuple(told)
 
     def _made_with(self) -> dict[str, str | int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -277,7 +278,7 @@ class Request:
         ).checked()
         _check_size(*request.size, model)
         if request.hires is not None:
-            _check_size(*request.enlarged(model.multiple), model)
+            _check_enlarged(request, model)
         _check_effect(request, model)
         return request
 
@@ -373,6 +374,18 @@ def _check_size(width: int, height: int, model: Model) -> None:
             f"the nearest is {fit[0]}x{fit[1]}",
             "width" if width % unit else "height",
         )
+
+
+def _check_enlarged(request: Request, model: Model) -> None:
+    unit, size = model.multiple, request.enlarged(model.multiple)
+    if size == request.size:
+        least = math.floor(100 * (1 + unit / (2 * max(size)))) / 100 + 0.01
+        raise BadRequest(
+            f"hires {request.hires:g} leaves {size[0]}x{size[1]} as it is, since sides are multiples of {unit}: "
+            f"take {least:g} or more",
+            "hires",
+        )
+    _check_size(*size, model)
 
 
 def _check_effect(request: Request, model: Model) -> None:

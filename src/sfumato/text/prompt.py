@@ -76,6 +76,11 @@ def parse(prompt: str) -> list[tuple[str, float] | None]:
     return merged
 
 
+def without_breaks(prompt: str) -> str:
+    """The prompt for an encoder of one chunk, where BREAK is a space."""
+    return re.sub(r"\bBREAK\b", " ", prompt)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One row of ids for the text encoder, and the weight of each."""

@@ -52,7 +52,7 @@ class Words:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
         longest_first = sorted(self.added, key=len, reverse=True)
-        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
+        for part in re.split(f"({'|'.join(map(_by_itself, longest_first))})", text):
             ids += self.added.get(part) or self.tokenizer.encode(part, add_special_tokens=False).ids
         return ids
 
@@ -67,6 +67,12 @@ class Words:
         """A whole row for the encoder: at most ``room`` ids between start and end, padded to ``length``."""
         row = [*([] if self.start is None else [self.start]), *ids[: self.room], self.end]
         return row + [self.pad] * (self.length - len(row))
+
+
+def _by_itself(word: str) -> str:
+    """A pattern of a word where it is not a part of a longer one."""
+    before, after = (r"\b" if re.match(r"\w", c) else "" for c in (word[0], word[-1]))
+    return f"{before}{re.escape(word)}{after}"
 
 
 def clip_bpe(vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -120,6 +126,9 @@ def clip_words(texts: Mapping[str, str], length: int, pad: int | None = None) ->
     Raises BadCheckpoint for texts that cannot be read.
     """
     added = _json(texts, ADDED_WORDS)
+    for word, ids in added.items():
+        if not word or not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise BadCheckpoint(f"the tokenizer's {ADDED_WORDS} is damaged: {word[:40]!r} stands for no list of ids")
     settings = _json(texts, "special_tokens_map.json") | _json(texts, "tokenizer_config.json")
     packaged = not texts.keys() - SETTINGS
     tokenizer = packaged_clip() if packaged else _from_texts(texts)
@@ -175,13 +184,16 @@ def _from_texts(texts: Mapping[str, str]) -> Tokenizer:
             tokenizer = Tokenizer.from_str(texts["tokenizer.json"])
             tokenizer.no_padding()
             tokenizer.no_truncation()
+            tokenizer.encode("a é", add_special_tokens=False)  # what is damaged may show only in use
             return tokenizer
         if "vocab.json" not in texts or "merges.txt" not in texts:
             raise BadCheckpoint("a tokenizer needs tokenizer.json, or vocab.json and merges.txt")
         return clip_bpe(json.loads(texts["vocab.json"]), _merges(texts["merges.txt"]))
     except BadCheckpoint:
         raise
-    except Exception as e:  # the tokenizer library raises bare Exceptions
+    except BaseException as e:  # the tokenizer library raises bare Exceptions, and panics that are none
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
         raise BadCheckpoint(f"the tokenizer cannot be read ({str(e)[:200]})") from None
 
 
