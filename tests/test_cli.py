@@ -366,10 +366,10 @@ def test_runs_of_one_name_leave_each_other_s_pictures(tmp_path: Path, monkeypatc
 def test_a_film_shows_the_pictures_that_were_chosen(run: Run, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr("sfumato.families.clip.Critic.__call__", lambda self, p, words: torch.arange(float(len(p))))
-    critic = ("--critic", "any")  # the last is the best
+    last = lambda pictures, words: torch.arange(float(len(pictures)))  # noqa: E731  the last is the best
+    monkeypatch.setattr("sfumato.families._critic", lambda path, critic: last)
     words = ("generate", "fox", "--model", tiny_file, "--steps", 3, "--scale", 1)
-    assert run(*words, "--seed", 1, "--best-of", 3, "--trajectory", "chosen.gif", *critic)[0] == 0
+    assert run(*words, "--seed", 1, "--best-of", 3, "--trajectory", "chosen.gif")[0] == 0
     assert run(*words, "--seed", 3, "--trajectory", "plain.gif")[0] == 0
     assert Path("chosen.gif").read_bytes() == Path("plain.gif").read_bytes()
 
@@ -379,7 +379,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["generate", "a", "--force"], 2, "names are new"),
     (["generate", "a", "-n", "100", "--grid", "--scale", "64", "--size", "64x64"], 2, "fewer pictures in a grid"),
     (["interpolate", "a", "--prompt-to", "b", "--critic", "file.txt"], 2, "leave it out"),
-    (["explain", ""], 4, "a folder, not a picture"),
+    (["explain", ""], 4, "no such file"),
     (["explain", "."], 4, "a folder, not a picture"),
     (["explain", "a.png", "--steps", "9" * 5000], 2, "from 1 to 500"),
     (["explain", "a.png", "--critic", "file.txt"], 2, "leave it out"),

@@ -144,7 +144,7 @@ def _png(what: str, image: Any) -> bytes:
     try:
         exif = image.getexif()
         if image.mode not in _IN_PNG:
-            image = image.convert("RGBA" if image.mode.endswith("a") else "RGB")
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, "RGB"))
         image.save(file, "PNG", **({"exif": exif} if len(exif) else {}))
     except (OSError, ValueError, SyntaxError) as e:
         raise BadRequest(f"{what} is a Pillow image that cannot be read: {e}", what) from None
