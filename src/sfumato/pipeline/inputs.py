@@ -135,7 +135,7 @@ class PictureFile:
         return {}  # by the background
 
 
-_IN_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # modes
+_IN_PNG = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # modes
 
 
 def _png(what: str, image: Any) -> bytes:
@@ -144,7 +144,7 @@ def _png(what: str, image: Any) -> bytes:
     try:
         exif = image.getexif()
         if image.mode not in _IN_PNG:
-            image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, "RGB"))
+            image = image.convert({"La": "LA", "RGBa": "RGBA", "I": "I;16"}.get(image.mode, "RGB"))
         image.save(file, "PNG", **({"exif": exif} if len(exif) else {}))
     except (OSError, ValueError, SyntaxError) as e:
         raise BadRequest(f"{what} is a Pillow image that cannot be read: {e}", what) from None
