@@ -69,13 +69,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         "cannot be cut",
     ),
     "SD 2's tower under CLIP L's names": (
-        lambda tensors: (
-            {k: t.expand(1024, *t.shape[1:]) if ".mlp.fc2." in k else t for k, t in tensors.items()}
-            | {
-                TEXT + "transformer.text_model.embeddings.token_embedding.weight": torch.zeros(9, 1024),
-                TEXT + "transformer.text_model.embeddings.position_embedding.weight": torch.zeros(77, 1024),
-            }
-        ),
+        plus(TEXT + "transformer.text_model.embeddings.position_embedding.weight", 77, 1024),
         "stable-diffusion.cpp",
     ),
     "no word in any layer": (without("attn2"), r"'attn2.to_k.weight' is missing"),
