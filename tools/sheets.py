@@ -21,7 +21,7 @@ from sfumato.evaluation.reconstruction import reconstruct
 from sfumato.evaluation.truth import load_truth
 from sfumato.families.autoencoder import load_autoencoder
 from sfumato.pipeline.canvas import cover
-from sfumato.pipeline.picture import Picture
+from sfumato.pipeline.picture import Picture, sheet
 from sfumato.pixels import Pixels
 
 DOCS = Path("docs")
@@ -41,15 +41,6 @@ SIDE = 128  # pixels of one picture in the grid
 COLUMNS, ROWS = 6, 8  # of pairs of drawing and reconstruction
 
 
-def rows(pictures: list[Pixels], columns: int) -> Image.Image:
-    """Lay pictures out in rows."""
-    h, w, _ = pictures[0].shape
-    page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white")
-    for i, p in enumerate(pictures):
-        page.paste(Image.fromarray(p), (i % columns * w, i // columns * h))
-    return page
-
-
 def main(data: str) -> None:
     """Write the sheets."""
     first = ["generate", FIRST, "-n", "4", "--grid", "--seed", "1", "--scale", "1"]
@@ -59,14 +50,14 @@ def main(data: str) -> None:
     for prompt in PROMPTS:
         made = [e for e in pipe.run(Request(prompt, seed=1, n=4)) if isinstance(e, Picture)]
         drawn += [np.asarray(cover(p.image, (SIDE, SIDE))) for p in made]
-    rows(drawn, 8).save(DOCS / "grid.png")
+    Image.fromarray(sheet(drawn, 8)).save(DOCS / "grid.png")
 
     truth = load_truth(DataConfig(path=data, where={"core": True, "split": ["train", "test_combo"]}), 64, None)
     of = truth.drawn["test_combo"]
     chosen = [of[i] for i in np.linspace(0, len(of) - 1, COLUMNS * ROWS).round().astype(int)]
     real = truth.images[chosen]
     both = torch.stack([real, reconstruct(load_autoencoder(AUTOENCODER), real)], 1).flatten(0, 1)
-    rows(list(both.permute(0, 2, 3, 1).numpy()), 2 * COLUMNS).save(DOCS / "vae.png")
+    Image.fromarray(sheet(list(both.permute(0, 2, 3, 1).numpy()), 2 * COLUMNS)).save(DOCS / "vae.png")
 
 
 if __name__ == "__main__":

@@ -158,6 +158,16 @@ def test_towers_of_another_width_than_the_denoiser_takes_are_refused(family: str
         sfumato.load(tmp_path / "model")
 
 
+def test_a_variant_of_a_single_file_is_refused(single: Path, tmp_path: Path) -> None:
+    for ask in (
+        lambda: sfumato.load(single, variant="fp16"),
+        lambda: describe(single, "fp16"),
+        lambda: convert(single, tmp_path / "folder", "fp16"),
+    ):
+        with pytest.raises(BadRequest, match="variant is for folders"):
+            ask()
+
+
 def test_nan_weights_never_become_a_picture(single: Path, tmp_path: Path) -> None:
     tensors = load_file(single)
     tensors[UNET + "out.2.bias"][0] = torch.nan

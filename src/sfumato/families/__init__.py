@@ -190,6 +190,12 @@ def describe(path: Path, variant: str | None = None, *, allow_pickle: bool = Fal
     }
 
 
+def check_variant(path: Path, variant: str | None) -> None:
+    """Raise BadRequest for a variant, which names some of a folder's files, of a single one."""
+    if variant and not path.is_dir():
+        raise BadRequest(f"{path}: a single file, and variant is for folders: leave it out")
+
+
 def _read(
     path: Path, variant: str | None = None, *, weights: bool = True, allow_pickle: bool = False, partial: bool = False
 ) -> Published:
@@ -198,8 +204,7 @@ def _read(
 
     if path.is_dir():
         return read_folder(path, variant, weights=weights, allow_pickle=allow_pickle)
-    if variant:
-        raise BadRequest(f"{path}: a single file, and variant is for folders: leave it out")
+    check_variant(path, variant)
     return read_single_file(path, weights=weights, allow_pickle=allow_pickle, partial=partial)
 
 

@@ -16,7 +16,7 @@ from sfumato.checkpoints.published import Json, Published
 from sfumato.checkpoints.single_file import LAYOUTS, Layout, read_single_file, write_single_file, write_tensors
 from sfumato.checkpoints.tensors import read_header
 from sfumato.errors import BadCheckpoint, BadRequest
-from sfumato.families import recognize
+from sfumato.families import check_variant, recognize
 from sfumato.text.tokenizer import (
     END,
     START,
@@ -34,8 +34,7 @@ def convert(source: Path, target: Path, variant: str | None = None, *, allow_pic
     A pickle or a GGUF file becomes a safetensors file of the same tensors if the target's name ends so. Raises
     BadCheckpoint if the source is not whole, has no other form, or the target exists.
     """
-    if variant and not source.is_dir():
-        raise BadRequest(f"{source}: a single file, and variant is for folders: leave it out")
+    check_variant(source, variant)
     if source.is_dir():
         if target.suffix != ".safetensors":
             raise BadRequest(f"{target}: a folder becomes a single file, whose name must end in .safetensors")

@@ -62,7 +62,7 @@ class Picture:
     @property
     def viewing_scale(self) -> int:
         """The smallest whole factor at which a small picture can be looked at; 1 for others."""
-        return max(1, -(-SHOWN // max(self.pixels.shape[:2])))
+        return _viewing_scale(*self.pixels.shape[:2])
 
     def encode(self, scale: int = 1) -> bytes:
         """Return the PNG file as bytes, each pixel drawn as a square of scale × scale."""
@@ -148,10 +148,19 @@ def enlarge(pixels: Pixels, scale: int) -> Pixels:
     return np.repeat(np.repeat(pixels, scale, axis=0), scale, axis=1)
 
 
-def sheet(pixels: Sequence[Pixels]) -> Pixels:
+def _viewing_scale(*sides: int) -> int:
+    return max(1, -(-SHOWN // max(sides)))
+
+
+def _layout(n: int, columns: int | None = None) -> tuple[int, int]:
+    """Columns and rows of a sheet of n pictures, without ``columns`` as near to a square as can be."""
+    columns = columns or math.ceil(math.sqrt(n))
+    return columns, math.ceil(n / columns)
+
+
+def sheet(pixels: Sequence[Pixels], columns: int | None = None) -> Pixels:
     """Lay pictures (H, W, 3) of one size out in rows, as near to a square as can be; empty places are white."""
-    columns = math.ceil(math.sqrt(len(pixels)))
-    rows = math.ceil(len(pixels) / columns)
+    columns, rows = _layout(len(pixels), columns)
     h, w, _ = pixels[0].shape
     page = np.full((rows * h, columns * w, 3), 255, np.uint8)
     for i, p in enumerate(pixels):
@@ -190,11 +199,10 @@ def check_readable(request: Request, unit: int, *, scale: int | None = None, tog
         scale: of the file; None for the one at which a picture can be looked at.
         together: whether all its pictures go into one file.
     """
-    width, height = (side * (request.upscale or 1) for side in request.enlarged(unit))
-    columns = math.ceil(math.sqrt(request.n)) if together else 1
-    rows = math.ceil(request.n / columns) if together else 1
-    width, height = width * columns, height * rows
-    factor = scale or max(1, -(-SHOWN // max(width, height)))
+    layout = _layout(request.n if together else 1)
+    one = request.enlarged(unit)
+    width, height = (n * side * (request.upscale or 1) for n, side in zip(layout, one, strict=True))
+    factor = scale or _viewing_scale(width, height)
     if width * height * factor**2 > MAX_PIXELS:
         raise BadRequest(
             f"the file would have {width * factor}x{height * factor} pixels, and {MAX_PIXELS} are the most that can be "
