@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red apple
 ARGS ?= --best-of 4
 PEERS := $(VENV)/peers
+WORKERS ?= auto
 
 .PHONY: image test check bench screenshots fashion-mnist soak demo-train clean
 
@@ -11,9 +12,9 @@ PEERS := $(VENV)/peers
 image: $(VENV)/.installed
 	@$(BIN)/sfumato generate "$(PROMPT)" $(ARGS)
 
-## Every test
+## Every test, in a process of one thread for each core, at most four: torch's own threads gain little on networks this small
 test: $(VENV)/.installed-dev $(VENV)/.chromium
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 ## Style, types
 check: $(VENV)/.installed-dev

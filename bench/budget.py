@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,15 @@ from typing import Any
 from sfumato.training.loop import Task, train
 from sfumato.training.progress import Progress
 from sfumato.training.recipe import Recipe
+
+
+def keep_to(out: Path, question: dict[str, Any]) -> None:
+    """Write what is asked into the folder of results, or end in one line if these are of another question."""
+    path = out / "question.json"
+    if path.exists() and (before := json.loads(path.read_text())) != question:
+        raise SystemExit(f"{out} holds results of {before}, not of {question}: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(question))
 
 
 class Clock:

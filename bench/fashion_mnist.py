@@ -14,8 +14,8 @@ Everything done is kept in the folder and not done again: trained weights, pictu
 the recipe's settings, as for ``sfumato train``.
 
 Figures: FD and KID on EfficientNet-lite0 (FD-lite0, not FID) of N pictures against the first 10,000 training and
-the 10,000 test pictures; FD is biased upwards at small N, so a row of as many real training pictures says what is
-perfect. Accuracy is that of a small classifier on the classes that were asked for.
+the 10,000 test pictures (KID: the first 4,000 of each); FD is biased upwards at small N, so a row of as many real
+training pictures says what is perfect. Accuracy is that of a small classifier on the classes that were asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peers
-from budget import Clock, train_within
+from budget import Clock, keep_to, train_within
 from sfumato.data.pictures import load_pictures
 from sfumato.data.sources import FASHION
 from sfumato.evaluation.cache import Cache
@@ -379,6 +379,7 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=10_000, help="real pictures of either split to compare with")
     parser.add_argument("--only", nargs="*", default=[], help="these contenders alone")
     args = parser.parse_intermixed_args()
+    keep_to(args.out, {"data": args.data.name, "budget": args.budget, "overrides": sorted(args.overrides)})
     torch.set_num_threads(1)
     recipe = load_recipe(RECIPE, ["grid_every=0", "threads=0", *args.overrides])
     lines = [

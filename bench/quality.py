@@ -13,12 +13,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from sfumato.data.config import DataConfig
 from sfumato.evaluation.cache import Cache, default_folder
-from sfumato.evaluation.measure import evaluate, prepare
-from sfumato.evaluation.truth import load_truth
-from sfumato.pipeline.pipeline import load
+from sfumato.evaluation.measure import evaluate, make_pictures, prepare
+from sfumato.evaluation.truth import Truth, load_truth
+from sfumato.pipeline.pipeline import Pipeline, load
 
 SAMPLERS = [
     ("ddpm", 1000), ("ddpm", 250), ("ddpm", 100), ("ddim", 50), ("ddim", 20), ("ddim", 10), ("plms", 20), ("heun", 10),
@@ -41,10 +42,11 @@ def main(what: str, model: str, data: str, n: int) -> None:
         else [{"guidance": float(w)} for w in SCALES]
     )
     for setting in settings:
-        start = time.perf_counter()
+        row: dict[str, object] = {**setting}
+        if (seconds := seconds_to_make(pipe, truth, cache, setting)) is not None:
+            row["seconds a picture"] = round(seconds / pictures, 3)
         report = evaluate(pipe, yardstick, Path(data).name, **setting)
         figures = {f"{f.metric} {f.split}": f for f in report.figures if not f.style}
-        row: dict[str, object] = {**setting, "seconds a picture": round((time.perf_counter() - start) / pictures, 3)}
         for split in SPLITS:
             for metric in ("FD-lite0", "R@1"):
                 f = figures[f"{metric} {split}"]
@@ -54,6 +56,19 @@ def main(what: str, model: str, data: str, n: int) -> None:
         print(json.dumps(row), flush=True)
     if what == "guidance":
         plot(rows, Path("docs/guidance.png"))
+
+
+def seconds_to_make(pipe: Pipeline, truth: Truth, cache: Cache, setting: dict[str, Any]) -> float | None:
+    """Make a row's pictures; None if some of them were there."""
+    kept, making = False, False
+
+    def made(n: int) -> None:
+        nonlocal kept, making
+        kept, making = kept or (n > 0 and not making), n == 0  # told 0 at each step, and n at a part's end
+
+    start = time.perf_counter()
+    make_pictures(pipe, truth, cache, made, **setting)
+    return None if kept else time.perf_counter() - start
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:

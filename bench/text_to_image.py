@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peers
-from budget import Clock, train_within
+from budget import Clock, keep_to, train_within
 from sfumato.data.config import DataConfig
 from sfumato.evaluation.cache import Cache, default_folder
 from sfumato.evaluation.generate import base_request, generate
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=250, help="captions of each split")
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
     args = parser.parse_args()
+    keep_to(args.out, {"data": args.data.name, "budget": args.budget})
     torch.set_num_threads(1)
     where = {"core": True, "split": ["train", "test_combo"]}
     truth = load_truth(DataConfig(path=str(args.data), where=where), 64, args.n)

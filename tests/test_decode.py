@@ -80,6 +80,11 @@ def test_floats(top: float) -> None:
     assert np.asarray(decode(encode(image, "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
 
 
+def test_whole_numbers_up_to_one_are_dark() -> None:
+    pixels = np.asarray(decode(b"P5 2 1 65535\n\x00\x00\x00\x01"))
+    assert pixels.max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
 def test_transparency_shows_the_background(mode: str) -> None:
     image = Image.new("LA" if mode == "LA" else "RGBA", (4, 4), (0, 0) if mode == "LA" else (0, 0, 0, 0))

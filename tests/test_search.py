@@ -54,6 +54,11 @@ class Counted(CLIP):
         return super().embed_pictures(images, batch)
 
 
+def test_words_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "sample", "a\udcff fox"]) == 2
+    assert "WORDS is not valid Unicode" in capsys.readouterr().err
+
+
 def counted(path: Path) -> Counted:
     clip = load_clip(path)
     return Counted(clip.towers, clip.trunk, clip.card, clip.hash).eval()

@@ -70,7 +70,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         except ValueError:
             raise BadData(f"{where}: expected a number, got {value!r}") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise BadData(f"{where}: too large a number") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise BadData(f"{where}: expected {hint.__name__}, got {value!r}")
     return value

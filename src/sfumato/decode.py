@@ -149,7 +149,7 @@ def _rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
     elif image.mode in ("I", "F"):
-        image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.float64)))
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
     elif image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
@@ -166,12 +166,12 @@ def _transparent(image: Image.Image) -> bool:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Numbers of unsaid range: up to 1, up to 255 or up to 65535, whichever is the first to hold them all."""
+    """Numbers of unsaid range: up to 1 (fractions alone), 255 or 65535, whichever is the first to hold them all."""
     top = float(values.max(initial=0.0))
     if not np.isfinite(values).all():
         raise PictureError("its pixels are not finite numbers")
     white = next((w for w in ((1.0,) if values.dtype.kind == "f" and top <= 1 else (255.0, 65535.0)) if top <= w), top)
-    return (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
+    return (values.astype(np.float64).clip(0, white) * (255 / white)).round().astype(np.uint8)
 
 
 @functools.cache

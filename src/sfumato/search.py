@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.console import Parser, printable
+from sfumato.data.captions import text_problem
 from sfumato.errors import BadData, BadRequest
 from sfumato.files import check_target, make_folder, write_atomically
 
@@ -125,6 +126,8 @@ def main(argv: list[str]) -> int:
         raise BadRequest(f"-k must be at least 1, not {args.k}")
     if not args.words.strip():
         raise BadRequest("the words are empty: say what to look for")
+    if problem := text_problem(args.words):
+        raise BadRequest(f"WORDS {problem}")
     sheet = None if args.sheet is None else Path(args.sheet)
     if sheet is not None:
         check_target(sheet, ".png", overwrite=args.force)

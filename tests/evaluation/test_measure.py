@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ from shapes import COLOURS, SHAPES, drawings, needs_weights, picture
 
 from sfumato.errors import BadRequest, NoResources
 from sfumato.evaluation import measure
+from sfumato.evaluation.bootstrap import mean_interval
 from sfumato.evaluation.cache import Cache
-from sfumato.evaluation.extractors import inception, lite0, lpips_distances, resize
-from sfumato.evaluation.generate import base_request, fit_size, generate
+from sfumato.evaluation.distances import precision_recall
+from sfumato.evaluation.extractors import MIDDLE, inception, lite0, lpips_distances, resize
+from sfumato.evaluation.generate import base_request, fit_size, generate, made_of
 from sfumato.evaluation.measure import Made, Yardstick, evaluate, prepare
 from sfumato.evaluation.report import Figure
 from sfumato.evaluation.truth import Truth, draw
+from sfumato.families import load
+from sfumato.families.additions import Ingredient
 from sfumato.families.model import Model
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
@@ -120,6 +125,22 @@ def test_real_pictures_alone(yardstick: Yardstick, truth: Truth) -> None:
     assert figures["KID", "test"].interval.low < 0.02
 
 
+def test_pictures_of_one_thing_are_resampled_together(yardstick: Yardstick, truth: Truth) -> None:
+    made, rows = drawn_again(truth), truth.drawn["test"]
+    figures = by_name(yardstick.measure(made))
+    x, y = (lite0()(p, Cache(None))[:, MIDDLE:].astype(np.float64) for p in (made["test"], truth.images[list(rows)]))
+    for name, inside in zip(("precision", "recall"), precision_recall(x, y), strict=True):
+        assert figures[name, "test"].interval == mean_interval(inside, truth.concepts(rows))
+
+
+def test_what_real_pictures_cannot_give_is_said(cache: Cache) -> None:
+    images, rows = drawings(copies=1, splits=False)
+    yardstick = prepare(draw(images, rows, n=50), ("kid", "lpips"), cache)
+    report = evaluate(None, yardstick, "shapes")
+    assert {f.metric for f in report.figures} == {"LPIPS, another drawing of it", "LPIPS, another thing"}
+    assert "take a smaller --n" in report.skipped["kid"]
+
+
 def test_style_by_style(yardstick: Yardstick, truth: Truth) -> None:
     figures = [f for f in yardstick.measure(drawn_again(truth)) if f.metric == "R@1" and f.split == "test"]
     whole = next(f for f in figures if not f.style)
@@ -201,6 +222,25 @@ def test_an_interrupted_run_goes_on(tiny: Model, tmp_path: Path) -> None:
     assert torch.equal(generate(pipe, request, captions, Cache(tmp_path)), whole)
     other = base_request(pipe, steps=1, seed=9)
     assert not torch.equal(generate(pipe, other, captions, cache), whole)
+
+
+def test_what_else_a_model_is_made_of_has_pictures_of_its_own(tiny_file: Path, tmp_path: Path) -> None:
+    plain, cache, captions = load(tiny_file), Cache(tmp_path), ["a red apple"]
+    other = replace(load(tiny_file), ingredients=(Ingredient("lora", "fur", "0" * 64, 0.5),))
+    with torch.no_grad():
+        for p in other.network.parameters():
+            p.mul_(0.9)
+
+    def made(model: Model, cache: Cache) -> torch.Tensor:
+        pipe = Pipeline(model)
+        return generate(pipe, base_request(pipe, steps=2), captions, cache)
+
+    first = made(plain, cache)
+    assert torch.equal(made(plain, cache), first)
+    assert torch.equal(made(other, cache), made(other, Cache(None)))
+    assert not torch.equal(made(other, cache), first)
+    assert made_of(Pipeline(plain), base_request(Pipeline(plain))) == {}
+    assert "fur" in str(made_of(Pipeline(other), base_request(Pipeline(other))))
 
 
 def test_nothing_of_the_models_is_kept_if_so_asked(truth: Truth, tiny: Model, cache: Cache) -> None:

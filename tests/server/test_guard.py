@@ -71,6 +71,15 @@ def test_a_server_that_cannot_be_started_says_why(
     assert message in err
 
 
+def test_a_token_of_the_environment_is_as_strict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for token in ("x", "ä" * 20):
+        monkeypatch.setenv("SFUMATO_TOKEN", token)
+        assert main(["serve", "--host", "0.0.0.0", "--port", "0", "--folder", str(tmp_path)]) == 2
+        assert "SFUMATO_TOKEN must hold one token of 16" in capsys.readouterr().err
+
+
 def test_with_a_token_every_route_but_liveness_and_readiness_gives_401(serve: Serve) -> None:
     server = serve(
         "sfumato.families:load", "--allow-origin", APP, "--public-url", f"{PUBLIC}/art/", ready=False, token=TOKEN

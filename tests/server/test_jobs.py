@@ -22,6 +22,9 @@ from serving import START, Server
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import load
 from sfumato.pipeline.request import Request
+from sfumato.server.answers import TOKEN, check_nesting
+from sfumato.server.gallery import Gallery
+from sfumato.server.metadata import parse_parameters
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -243,8 +246,43 @@ def test_the_request_inside_a_picture_is_read(shared: Server) -> None:
     assert told["ignored"]["Note"] == "a, b"
     plain = {"prompt": told["request"]["prompt"], "steps": 1}
     assert shared.http.post("/jobs", json=plain).status_code == 202
-    for bad in (png(Image.new("RGB", (4, 4))), b"", b"GIF89a", data[:100], png(Image.new("RGB", (4, 4)), sfumato="{}")):
+    for bad in (png(Image.new("RGB", (4, 4))), b"", b"GIF89a", data[:100], *map(recorded, BAD_RECORDS)):
         assert info(bad).status_code == 422
+        sent = {"image": base64.b64encode(bad).decode()}
+        assert shared.http.post("/sdapi/v1/png-info", json=sent).status_code < 500
+
+
+def recorded(record: str) -> bytes:
+    return png(Image.new("RGB", (4, 4)), sfumato=record)
+
+
+MODEL = '"model": {"name": "a", "hash": "b"}'
+BAD_RECORDS = (
+    "{}",
+    "[1]",
+    f'{{"request": {{"prompt": "a"}}, "scale": 1e999, {MODEL}}}',
+    f'{{"request": ["prompt"], "scale": 1, {MODEL}}}',
+    '{"request": {"prompt": "a"}, "scale": 1, "model": []}',
+)
+
+
+def test_no_file_keeps_the_gallery_from_being_seen(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path)
+    none = f'{{"request": {{"prompt": "a"}}, "scale": 0, {MODEL}}}'
+    for i, data in enumerate((bomb(), *map(recorded, (*BAD_RECORDS, none)))):
+        (tmp_path / f"bad-{i}.png").write_bytes(data)
+    for _ in range(2):  # the second time by what is known of them
+        entries, total = gallery.search()
+        assert (list(entries), total) == ([], 0)
+
+
+def test_text_of_any_length_is_read_in_one_pass() -> None:
+    """Each of these took hours where a search began anew at every character."""
+    size = 1 << 20
+    assert [m[0] for m in TOKEN.finditer('{"a\\"[[[')] == ["{", '"a\\"[[[']
+    assert check_nesting('{"prompt": "' + '\\"' * (size // 2))
+    for line in ("a" * size, "x" + " " * size + "x", 'a:"' + '\\"' * (size // 2)):
+        assert parse_parameters(line)[0]["prompt"] == line
 
 
 def bomb() -> bytes:

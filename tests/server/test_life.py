@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import socket
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -242,6 +243,15 @@ def test_killed_again_and_again_every_job_ends_once(serve: Serve, soak: bool) ->
 
     running, waiting = server.submit("runs", steps=40, n=4), [server.submit("waits", steps=8) for _ in range(6)]
     server.running(running["id"])
+    told: list[str] = []
+
+    def stream() -> None:
+        asked = {"prompt": "streams", "steps": 8, "stream": True}
+        told.append(server.http.post("/v1/images/generations", json=asked, timeout=START).text)
+
+    listener = threading.Thread(target=stream)
+    listener.start()
+    waiting.append(until(lambda: next((j for j in _jobs(server) if j["request"]["prompt"] == "streams"), None)))
     server.process.send_signal(signal.SIGTERM)
     until(lambda: server.http.get("/readyz").status_code == 503)
     refused = server.http.post("/jobs", json={"prompt": "late"})
@@ -249,12 +259,14 @@ def test_killed_again_and_again_every_job_ends_once(serve: Serve, soak: bool) ->
     assert int(refused.headers["retry-after"]) >= 1
     assert server.http.get("/livez").status_code == 200
     assert server.process.wait(START) == 0
+    listener.join(START)
+    assert "is kept and will be done later" in told[0]
     server.close()
     server = serve("engines:sleepy", *flags)
     assert server.job(running["id"])["state"] == "done"
     for job in waiting:
         assert server.ended(job["id"], START)["state"] == "done"
-    assert server.check_sum()["done"] == number + 7
+    assert server.check_sum()["done"] == number + 8
 
 
 def _alive(pid: int) -> bool:

@@ -168,6 +168,14 @@ def test_edits_repaint_what_the_mask_leaves_open(client: openai.OpenAI) -> None:
     assert caught.value.param == "image"
 
 
+def test_words_of_a_variation_guide_and_text_of_a_form_stays_text(client: openai.OpenAI, shared: Server) -> None:
+    for words, guides in (({}, False), ({"prompt": "a red apple", "prompt_to": "42"}, True)):
+        client.images.create_variation(image=("a.png", file_of(Image.effect_noise((16, 16), 60))), extra_body=words)
+        request = shared.http.get("/jobs", params={"limit": 1}).json()["jobs"][0]["request"]
+        assert (request["guidance"] > 1) is guides
+        assert request["prompt_to"] == words.get("prompt_to")
+
+
 def test_variations_are_of_the_picture(client: openai.OpenAI, shared: Server) -> None:
     answer = client.images.create_variation(image=("a.png", file_of(Image.effect_noise((16, 16), 60))), n=2)
     assert answer.data is not None

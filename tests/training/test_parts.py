@@ -248,6 +248,8 @@ def test_recipes_survive_the_round_trip_through_plain_data(path: Path):
         return
     recipe = load_recipe(path, [])
     assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe))), "x") == recipe
+    with pytest.raises(BadData, match="too large a number"):
+        from_dict(Recipe, to_dict(recipe) | {"optimizer": {"rate": 10**400}}, "x")
 
 
 def test_numbers_in_yaml_and_overrides():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sfumato.errors import BadRequest
 from sfumato.evaluation.cache import Cache, content_hash
+from sfumato.families.clip import Critic
 from sfumato.pipeline.lockstep import Lockstep
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
@@ -51,12 +53,13 @@ def generate(
     """
     assert request.seed is not None
     shared = {k: v for k, v in request.to_dict().items() if k not in ("prompt", "seed")}
+    made_by = made_of(pipe, request)
     parts: list[Tensor] = []
     for first in range(0, len(captions), PART):
         words = list(captions[first : first + PART])
         requests = [replace(request.nth(first + i), prompt=w) for i, w in enumerate(words)]
         # Batch and threads change pictures by rounding alone.
-        key = content_hash(pipe.model.hash, shared, words, requests[0].seed)
+        key = content_hash(pipe.model.hash, made_by, shared, words, requests[0].seed)
         parts.append(
             cache.get_or_make("pictures", key, lambda of=requests: {"pictures": _make(pipe, of, on_pictures)})[
                 "pictures"
@@ -64,6 +67,21 @@ def generate(
         )
         on_pictures(len(words))
     return torch.cat(parts)
+
+
+def made_of(pipe: Pipeline, request: Request) -> dict[str, Any]:
+    """What decides a model's pictures beside its file and the request, empty for a plain model's.
+
+    The files that it was made of besides, what it computes in, and the CLIP that chooses if one does.
+    """
+    model, found = pipe.model, {}
+    if model.ingredients:
+        found["ingredients"] = [i.to_dict() for i in model.ingredients]
+    if (dtype := next(model.network.parameters()).dtype) != torch.float32:
+        found["dtype"] = str(dtype).removeprefix("torch.")
+    if request.best_of > 1 and isinstance(model.critic, Critic):
+        found["chosen by"] = model.critic.clip.hash
+    return found
 
 
 def _make(pipe: Pipeline, requests: Sequence[Request], on_pictures: Callable[[int], None]) -> Tensor:

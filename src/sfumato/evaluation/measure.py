@@ -10,7 +10,7 @@ A training run prepares one yardstick of few captions, and evaluates its average
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from sfumato.evaluation.distances import (
     squared_distances,
 )  # fmt: skip
 from sfumato.evaluation.extractors import MIDDLE, Extractor, lpips_distances
-from sfumato.evaluation.generate import base_request, fit_size, generate
+from sfumato.evaluation.generate import base_request, fit_size, generate, made_of
 from sfumato.evaluation.judge import Judge, embed_names, recall_at, retrieval_ranks, train_judge
 from sfumato.evaluation.report import Figure, Report
 from sfumato.evaluation.truth import ALL, SEEN, Truth
@@ -42,6 +42,7 @@ from sfumato.pipeline.pipeline import Pipeline
 
 METRICS = ("fd", "kid", "pr", "lpips", "judge", "clip", "nearest", "fid")
 DEFAULT = METRICS[:-1]
+OF_SETS = ("fd", "kid", "pr", "fid")
 TOO_NEAR = 0.05  # of held-out real pictures are nearer to a training picture than this quantile
 THUMBNAIL = 16  # pixels: where near-copies are still near
 Made = Mapping[str, Tensor]  # split → pictures uint8 (N, 3, S, S), in the order of the captions drawn
@@ -89,6 +90,18 @@ class Yardstick:
         return [
             f for metric in self.metrics if metric not in self.skipped for f in _MEASURES[metric](self, made, cache)
         ]
+
+    def lacking(self) -> dict[str, str]:
+        """Which metrics real pictures alone cannot give, beside those skipped, and why: too few are not drawn."""
+        n, lacking = len(self.truth.others), dict[str, str]()
+        few = [f"{split} {len(rows)}" for split, rows in self.truth.drawn.items() if self.truth.like(rows) is None]
+        if few:
+            drawn = ", ".join(few)
+            reason = f"{n} training pictures are neither drawn nor akin to those drawn ({drawn}): take a smaller --n"
+            lacking |= {metric: reason for metric in self.metrics if metric in OF_SETS}
+        if "lpips" in self.metrics and not any(_partners(self.truth, rows) for rows in self.truth.drawn.values()):
+            lacking["lpips"] = "no picture drawn has another of its thing or of its style"
+        return lacking
 
     def features(self, extractor: Extractor, rows: Sequence[int]) -> NDArray[np.float32]:
         """Return the features of real pictures (N, D)."""
@@ -157,32 +170,44 @@ def _prepare_judge(
 
 
 @dataclass(frozen=True, eq=False)
+class _Set:
+    """Features (N, D) of pictures, and what each of them shows."""
+
+    features: Array
+    concepts: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two sets of features to compare: a model's (None if there is no model) and the reference, and a real third."""
+    """Two sets to compare: a model's (None if there is no model) and the reference, and a real third."""
 
     split: str
-    made: Array | None
-    reference: Array
-    real: Array | None
+    made: _Set | None
+    reference: _Set
+    real: _Set | None
     hash: str
+
+
+_Measured = tuple[float, Interval, dict[str, float]]
 
 
 def _pairs(y: Yardstick, made: Made | None, cache: Cache, extractor: Extractor) -> Iterator[_Pair]:
     first = MIDDLE if extractor.name == "lite0" else 0
     everything = extractor(y.truth.images, y.cache)[:, first:].astype(np.float64)
+
+    def of(rows: Sequence[int]) -> _Set:
+        return _Set(everything[list(rows)], y.truth.concepts(rows))
+
     for split, rows in y.truth.drawn.items():
-        real = y.truth.like(rows)
-        yield _Pair(
-            split,
-            None if made is None else extractor(made[split], cache)[:, first:].astype(np.float64),
-            everything[list(rows)],
-            None if real is None else everything[list(real)],
-            content_hash(y.truth.images[list(rows)]),
-        )
+        real, reference, drawn = y.truth.like(rows), of(rows), None
+        if made is not None:
+            drawn = _Set(extractor(made[split], cache)[:, first:].astype(np.float64), reference.concepts)
+        hash = content_hash(y.truth.images[list(rows)])
+        yield _Pair(split, drawn, reference, None if real is None else of(real), hash)
 
 
 def _both(
-    pair: _Pair, measure: Callable[[Array], tuple[float, Interval, dict[str, float]]]
+    pair: _Pair, measure: Callable[[_Set], _Measured]
 ) -> tuple[float, Interval, dict[str, float], float | None, Interval | None] | None:
     """A figure of the model's set and of the real one; without a model the real one's stands for itself."""
     real = None if pair.real is None else measure(pair.real)
@@ -194,7 +219,7 @@ def _both(
 
 def _set_figures(
     y: Yardstick, made: Made | None, cache: Cache, extractor: Extractor | None, metric: str,
-    measure: Callable[[Array, Array], tuple[float, Interval, dict[str, float]]],
+    measure: Callable[[_Set, _Set], _Measured],
 ) -> Iterator[Figure]:  # fmt: skip
     assert extractor is not None
     for pair in _pairs(y, made, cache, extractor):
@@ -204,20 +229,24 @@ def _set_figures(
             name = f"{extractor.name} at {extractors.SIZE} px" if extractor.name == "lite0" else extractor.name
             yield Figure(
                 metric, pair.split, "", value, interval,
-                n=len(pair.reference), extractor=name, reference=pair.hash,
+                n=len(pair.reference.concepts), extractor=name, reference=pair.hash,
                 real=real, real_interval=real_interval, detail=detail,
             )  # fmt: skip
 
 
 def _fd(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
-    return _set_figures(y, made, cache, y.lite0, "FD-lite0", frechet)
+    return _set_figures(y, made, cache, y.lite0, "FD-lite0", _frechet)
 
 
 def _fid(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
-    return _set_figures(y, made, cache, y.inception, "FID", frechet)
+    return _set_figures(y, made, cache, y.inception, "FID", _frechet)
 
 
-def frechet(x: Array, reference: Array) -> tuple[float, Interval, dict[str, float]]:
+def _frechet(x: _Set, reference: _Set) -> _Measured:
+    return frechet(x.features, reference.features)
+
+
+def frechet(x: Array, reference: Array) -> _Measured:
     """Fréchet distance of features x (N, D) from a reference's, its interval, and nothing beside."""
     to = moments(reference)
     value = frechet_distance(moments(x), to)
@@ -226,8 +255,8 @@ def frechet(x: Array, reference: Array) -> tuple[float, Interval, dict[str, floa
 
 
 def _kid(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
-    def measure(x: Array, reference: Array) -> tuple[float, Interval, dict[str, float]]:
-        k = kid(x, reference)
+    def measure(x: _Set, reference: _Set) -> _Measured:
+        k = kid(x.features, reference.features)
         subsets = {f"subsets of {k.subset_size}": k.subset_mean, "±": k.subset_deviation}
         return k.value, normal_interval(k.value, k.error), subsets
 
@@ -237,9 +266,9 @@ def _kid(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
 def _pr(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
     for which, metric in enumerate(("precision", "recall")):
 
-        def measure(x: Array, reference: Array, which: int = which) -> tuple[float, Interval, dict[str, float]]:
-            inside = precision_recall(x, reference)[which]
-            return float(inside.mean()), mean_interval(inside), {}
+        def measure(x: _Set, reference: _Set, which: int = which) -> _Measured:
+            inside = precision_recall(x.features, reference.features)[which]
+            return float(inside.mean()), mean_interval(inside, (x, reference)[which].concepts), {}
 
         yield from _set_figures(y, made, cache, y.lite0, metric, measure)
 
@@ -335,10 +364,14 @@ def _lpips(y: Yardstick, made: Made | None, cache: Cache) -> Iterator[Figure]:
             values = lpips_distances(made[split], own, cache)
             yield from _mean_figures(y, split, "LPIPS", extractor, reference, values, None, details)
         else:
+            concepts = np.array(truth.concepts(rows))
             for name, values in details.items():
-                if not np.isnan(values).any():
-                    whole = _mean_figures(y, split, f"LPIPS, {name}", extractor, reference, values, values, {})
-                    yield next(whole)
+                known = ~np.isnan(values)  # of those that have such a partner
+                value, interval = float(values[known].mean()), mean_interval(values[known], list(concepts[known]))
+                n = int(known.sum())
+                yield Figure(
+                    f"LPIPS, {name}", split, "", value, interval, n, extractor, reference, value, interval
+                )  # fmt: skip
 
 
 def _masked_lpips(x: Tensor, other: Tensor, valid: Sequence[bool], cache: Cache) -> Array:
@@ -436,6 +469,7 @@ def make_pictures(
         if k in ("seed", "sampler", "spacing", "steps", "guidance", "best_of")
     }
     used["made at"] = f"{request.width}x{request.height}"
+    used |= made_of(pipe, request)
     return dict(zip(truth.drawn, parts, strict=True)), used
 
 
@@ -459,7 +493,8 @@ def evaluate(
         settings: those of ``base_request``: seed, steps, sampler, guidance, best_of.
     """
     if pipe is None:
-        return report("real pictures", "", yardstick, data, {}, yardstick.measure(None, keep=keep))
+        of_them = report("real pictures", "", yardstick, data, {}, yardstick.measure(None, keep=keep))
+        return replace(of_them, skipped={**yardstick.skipped, **yardstick.lacking()})
     cache = yardstick.cache if keep else Cache(None)
     made, used = make_pictures(pipe, yardstick.truth, cache, on_pictures, **settings)
     return report(pipe.model.name, pipe.model.hash, yardstick, data, used, yardstick.measure(made, keep=keep))

@@ -20,7 +20,7 @@ class Figure:
 
     Args:
         metric: such as ``KID`` or ``R@1``; ``split`` and ``style`` say of which pictures ('' is every style).
-        value, interval: the figure and its 95 % interval over pictures, the reference held fixed.
+        value, interval: the figure and its 95 % interval over pictures (docs/metrics.md says over which).
         n: pictures that it is made of; ``reference`` is the content hash of what they are compared with.
         real, real_interval: the same figure of real pictures: the ceiling, None where there are too few.
         detail: what else is worth knowing, such as baselines.

@@ -116,10 +116,15 @@ class Critic:
     def __init__(self, path: Path | None = None):
         self._clip = None if path is None else load_clip(path)
 
+    @property
+    def clip(self) -> CLIP:
+        """The CLIP by which it chooses."""
+        self._clip = self._clip or load_clip()
+        return self._clip
+
     def __call__(self, pictures: Tensor, prompt: str) -> Tensor:
         """Score uint8 pictures (B, 3, H, W); returns (B,) in [−1, 1]."""
-        self._clip = self._clip or load_clip()
-        return self._clip.embed_pictures(pictures) @ self._clip.embed_words([prompt])[0]
+        return self.clip.embed_pictures(pictures) @ self.clip.embed_words([prompt])[0]
 
 
 def clip_tensors(towers: Mapping[str, Tensor], trunk: EfficientNetLite0) -> dict[str, Tensor]:

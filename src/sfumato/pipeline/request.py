@@ -139,6 +139,8 @@ class Request:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Request:
         """Build a request from JSON's types; refuses unknown fields and values out of range."""
+        if not isinstance(settings, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BadRequest("a request must be an object of settings")
         names = [f.name for f in fields(cls)]
         for name in settings:
             if name not in names:

@@ -128,7 +128,7 @@ def routes(context: Context) -> APIRouter:
         text, _, _ = await asyncio.to_thread(text_of, data)
         settings: dict[str, Any] = {}
         with suppress(BadData):
-            settings = describe_png(data)["request"]
+            settings = (await asyncio.to_thread(describe_png, data))["request"]
         return JSONResponse({"info": text.get("parameters", ""), "items": text, "parameters": settings})
 
     @router.get("/samplers", summary="Samplers")
@@ -291,7 +291,7 @@ async def _result(context: Context, job: Job, echo: dict[str, Any], ignored: lis
     for p in job.pictures:
         path = context.gallery.path(p["id"]) or fail(404, "the picture was deleted meanwhile")
         picture = await asyncio.to_thread(Picture.open, path)
-        images.append(base64.b64encode(picture.encode()).decode())
+        images.append(base64.b64encode(await asyncio.to_thread(picture.encode)).decode())
         texts.append(picture.parameters())
     r, seeds = job.request, [p["seed"] for p in job.pictures]
     width, height = finished({**r, "hires": None}, context.facts(job.model))  # theirs is that before hires, too

@@ -23,7 +23,8 @@ from sfumato.server.settings import JSON_BYTES, NESTING
 
 FILES, FIELDS = 4, 64  # of a form
 BODY_SECONDS = 60.0  # for a body to arrive
-TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)  # strings, and brackets outside of them
+# Strings, one without an end up to the text's (else each of its quotes would be tried anew), and brackets between.
+TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 async def read_body(request: Request) -> bytes:

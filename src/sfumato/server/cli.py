@@ -120,13 +120,17 @@ def _parser() -> argparse.ArgumentParser:
 def _token(file: str | None) -> str | None:
     """The token from a file or the environment, never from the command line, which others can read."""
     if file is None:
-        return os.environ.get(TOKEN, "").strip() or None
-    try:
-        token = Path(file).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        raise BadRequest(f"the token file {file} cannot be read") from None
+        source, token = TOKEN, os.environ.get(TOKEN, "").strip()
+        if not token:
+            return None
+    else:
+        source = f"the token file {file}"
+        try:
+            token = Path(file).read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            raise BadRequest(f"{source} cannot be read") from None
     if not 16 <= len(token) <= 1000 or not token.isascii() or not token.isprintable():
-        raise BadRequest(f"the token file {file} must hold one token of 16 to 1000 printable ASCII characters")
+        raise BadRequest(f"{source} must hold one token of 16 to 1000 printable ASCII characters")
     return token
 
 

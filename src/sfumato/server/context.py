@@ -566,7 +566,7 @@ class Context:
 
     def _work_at_hand(self) -> float:
         return sum(
-            job.cost - self._progress.get(job.id, {}).get("step", 0) * job.request["n"]
+            max(0, job.cost - self._progress.get(job.id, {}).get("step", 0) * job.request["n"])  # hires: more steps
             for worker in self.supervisor.workers
             for job in worker.jobs.values()
         )

@@ -21,6 +21,18 @@ from sfumato.pipeline.request import Request
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 MAX_TEXT = 1 << 20  # bytes of a file's text chunks
+UNREADABLE = (
+    SfumatoError,
+    ArithmeticError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    SyntaxError,
+    RecursionError,
+    Image.DecompressionBombError,
+)  # what a file that is no picture of ours may raise
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ class Gallery:
             return None
         try:
             entry = self._entries[id] = _read_head(path, stat)
-        except (SfumatoError, OSError, ValueError, KeyError, TypeError, SyntaxError, RecursionError):
+        except UNREADABLE:
             self._foreign[id] = now
             return None
         return entry

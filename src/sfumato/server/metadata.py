@@ -13,7 +13,7 @@ from sfumato.errors import BadData, BadRequest, SfumatoError
 from sfumato.pipeline.request import UPSCALES, Request
 
 MAX_TEXT = 1 << 20
-SETTING = re.compile(r'\s*([\w /-]+):\s*("(?:\\.|[^"\\])+"|[^,]*)(?:,|$)')
+SETTING = re.compile(r'([\w/-][\w /-]{0,60}):\s*("(?:\\.|[^"\\])+"|[^,]*)(?:,|$)')  # names bounded: linear in the text
 
 
 def text_of(data: bytes) -> tuple[dict[str, str], int, int]:
@@ -35,7 +35,7 @@ def describe_png(data: bytes) -> dict[str, Any]:
             record = json.loads(text["sfumato"])
             request, scale = Request.from_dict(record["request"]), max(1, int(record["scale"]))
             model = {"name": str(record["model"]["name"]), "hash": str(record["model"]["hash"])}
-        except (SfumatoError, ValueError, KeyError, TypeError, RecursionError):
+        except (SfumatoError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError):
             raise BadData("the record inside is damaged, or of a newer version") from None
         return {
             "source": "sfumato", "request": request.to_dict(), "model": model, "ignored": {},

@@ -41,6 +41,7 @@ NO_EFFECT = {  # settings that may be sent as long as they ask for nothing
     "style": ("natural",),
     "input_fidelity": ("low", "high"),
 }
+TEXTS = ("prompt", "negative", "prompt_to", "user", "model", "size")  # of a form: text, if it looks like a number too
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ def routes(context: Context) -> APIRouter:
         if not isinstance(image, UploadFile):
             fail(400, "image must be one picture as a file", setting="image")
         data = await image.read()
-        given = {**await asyncio.to_thread(_words_of, data), **given}
+        words = await asyncio.to_thread(_words_of, data)
+        if "prompt" in given:
+            words.pop("guidance", None)  # of a picture that no words are known of
+        given = {**words, **given}
         with _about("image"):
             given["init"] = await asyncio.to_thread(context.uploads.keep, data)
         return await answer(request, given, "image_edit")
@@ -201,12 +205,13 @@ def _read(context: Context, given: dict[str, Any], kind: str) -> tuple[Form, dic
 
 
 async def _events(context: Context, job: Job, form: Form) -> AsyncGenerator[str, None]:
-    """What happens to a job as OpenAI's events; closing the generator cancels the job."""
+    """What happens to a job as OpenAI's events; closing the generator before it is over cancels the job."""
     about = {
         "created_at": int(job.created), "size": _size(context, job),
         "quality": form.quality, "background": "opaque", "output_format": form.output_format,
     }  # fmt: skip
     shown, following = 0, context.watch(job.id, previews=form.partial_images > 0)
+    over = False
     try:
         async for event, data in following:
             due = (shown + 1) * job.request["steps"] / (form.partial_images + 1)
@@ -229,10 +234,12 @@ async def _events(context: Context, job: Job, form: Form) -> AsyncGenerator[str,
                 yield _event(f"{form.kind}.completed", about)
         except ApiError as e:
             yield f"event: error\ndata: {json.dumps(openai_error(e)[1])}\n\n"
+        over = True  # a job that waits while the server stops is kept, as it was told
     finally:
         await following.aclose()
-        with suppress(ApiError):  # it had ended
-            await context.cancel(job.id)
+        if not over:
+            with suppress(ApiError):  # it had ended
+                await context.cancel(job.id)
 
 
 def _size(context: Context, job: Job) -> str:
@@ -250,9 +257,9 @@ async def _item(context: Context, id: str, form: Form, base: str) -> dict[str, s
         path = context.gallery.path(id) or fail(404, "the picture was deleted meanwhile")
         picture = await asyncio.to_thread(Picture.open, path)
         item["b64_json"] = (
-            base64.b64encode(picture.encode()).decode()
+            base64.b64encode(await asyncio.to_thread(picture.encode)).decode()
             if form.output_format == "png"
-            else _encoded(picture.image, form)
+            else await asyncio.to_thread(_encoded, picture.image, form)
         )
     if form.response_format != "b64_json" and form.output_format == "png":
         item["url"] = f"{base.rstrip('/')}/pictures/{id}.png?scale=1"
@@ -298,7 +305,7 @@ def _numbers(form: dict[str, Any]) -> dict[str, Any]:
                 return plain if isinstance(plain, (int, float, bool)) else text
         return text
 
-    return {k: v if k in ("prompt", "negative", "user", "size") else value(v) for k, v in form.items()}
+    return {k: v if k in TEXTS else value(v) for k, v in form.items()}
 
 
 def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> Any:

@@ -5,7 +5,8 @@ import { $, fill, h } from "./dom.js";
 export const state = { models: [], limits: {}, start: null, mask: null, extras: {} };
 const PLAIN = ["prompt", "negative", "n", "best_of", "steps", "guidance", "seed", "sampler", "spacing"];
 const OWN = new Set([...PLAIN, "width", "height", "upscale", "init", "mask", "strength"]);
-const says = (key, v) => v != null && v !== "" && v !== false && (v !== 0 || key.endsWith("seed")) && !(Array.isArray(v) && !v.length);
+export const NOTHING_AT_0 = new Set(["guidance_rescale", "variation_strength"]);
+const says = (key, v) => v != null && v !== "" && v !== false && !(v === 0 && NOTHING_AT_0.has(key)) && !(Array.isArray(v) && !v.length);
 const STYLES = ["oil painting", "watercolour", "pencil drawing", "photograph", "woodcut", "flat icon", "pixel art"];
 
 export const model = () => state.models.find((m) => m.name === $("model").value) ?? state.models[0];

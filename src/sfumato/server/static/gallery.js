@@ -2,6 +2,7 @@
 
 import { get, remove } from "./api.js";
 import { $, fill, h, lightDismiss, openDialog, round, short, toast } from "./dom.js";
+import { NOTHING_AT_0 } from "./form.js";
 
 const actions = {}; // reuse, replay, vary, start, interpolate: given by main
 const picked = new Map();
@@ -98,9 +99,9 @@ export function facts(picture) {
   if (r.upscale > 1) rows.push(["drawn at", `${picture.width / r.upscale} × ${picture.height / r.upscale}, and enlarged`]);
   for (const [key, value] of Object.entries(r)) {
     const name = key in NAMES ? NAMES[key] : key.replaceAll("_", " ");
-    if (!name || value == null || value === "" || (value === 0 && key !== "seed") || (value === 1 && key === "best_of")) continue;
-    const said = (v) => (typeof v === "number" && !Number.isInteger(v) ? round(v, 4) : String(v));
-    rows.push([name, Array.isArray(value) ? value.map(said).join(", ") : typeof value === "object" ? "a picture" : said(value)]);
+    if (!name || value == null || value === "" || (value === 0 && NOTHING_AT_0.has(key)) || (value === 1 && key === "best_of")) continue;
+    const said = (v) => (typeof v === "number" && !Number.isInteger(v) ? round(v, 4) : v?.sha256 ? `picture ${v.sha256.slice(0, 8)} ${v.name}`.trim() : String(v));
+    rows.push([name, [value].flat().map(said).join(", ")]);
   }
   rows.push(["model", picture.model.name]);
   return rows;

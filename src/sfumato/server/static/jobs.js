@@ -129,9 +129,10 @@ function end(job) {
     listeners.done(job);
   } else {
     const why = job.state === "failed" ? (job.error?.message ?? "It failed.") : "Cancelled.";
+    const n = job.pictures?.length, kept = n ? `${n === 1 ? "One picture was" : `${n} pictures were`} done by then: see the gallery.` : "Nothing was kept of it.";
     $("live").textContent = why;
     fill($("easel"), h("div", { class: "empty" }, h("h2", {}, job.state === "failed" ? "That did not work" : "Cancelled"),
-      h("p", { class: job.state === "failed" ? "bad" : "soft" }, job.state === "failed" ? why : "Nothing was kept of it."),
+      h("p", { class: job.state === "failed" ? "bad" : "soft" }, job.state === "failed" ? why : kept),
       h("button", { type: "button", onclick: () => listeners.again(job) }, "Paint it again")));
   }
   refresh();

@@ -64,6 +64,7 @@ async function paint(request) {
 
 // A stored request as it can be sent again; pictures that it started from are records, which the server finds by hash.
 function again(picture) {
+  if (picture.model?.hash && !served(picture.model)) toast(`It was made by ${picture.model.name}, which is not served here: the default model draws instead.`);
   return Object.fromEntries(Object.entries({ ...picture.request, model: served(picture.model) }).filter(([, v]) => v != null));
 }
 
@@ -93,7 +94,7 @@ const actions = {
   },
   interpolate(a, b) {
     const [from, to] = [again(a), again(b)];
-    if (from.width !== to.width || from.height !== to.height || from.model !== to.model) return toast("Only pictures of one size and one model have a way between them.");
+    if (from.width !== to.width || from.height !== to.height || a.model?.hash !== b.model?.hash) return toast("Only pictures of one size and one model have a way between them.");
     const same = from.prompt === to.prompt;
     const between = [1, 2, 3, 4, 5].map((k) => k / 6);
     const requests = [from, ...between.map((v) => ({ ...from, ...(!same && { prompt_to: to.prompt, mix: v }), ...(from.seed !== to.seed && { variation_seed: to.seed, variation_strength: v }) })), to];
