@@ -70,6 +70,20 @@ def test_what_is_embedded_draws_alike_and_is_what_it_is_told(trained: Path, tmp_
     assert model.card["styles"] == "none"
 
 
+def test_a_student_keeps_the_steps_that_it_was_taught(trained: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "distil.yaml"
+    recipe.write_text(yaml.safe_dump({"task": "distill", "card": {"styles": "none"}}))
+    command = [
+        sys.executable,
+        str(ROOT / "tools/embed.py"),
+        str(trained),
+        str(tmp_path / "fast.safetensors"),
+        str(recipe),
+    ]
+    assert subprocess.run(command).returncode == 0
+    assert read_native(tmp_path / "fast.safetensors").config.defaults == read_native(trained).config.defaults
+
+
 def test_embedding_again_changes_no_weight(trained: Path, tmp_path: Path) -> None:
     once, again, whole = (tmp_path / f"{name}.safetensors" for name in ("once", "again", "whole"))
     for source, target, more in ((trained, once, []), (once, again, []), (once, whole, ["--whole"])):

@@ -49,7 +49,9 @@ def main() -> None:
     recipe = load_recipe(args.recipe, [])
     tensors = unpack(read_tensors(args.source))
     meta = json.loads(read_header(args.source).metadata[FORMAT])
-    config = replace(from_dict(NativeConfig, meta["config"], "config"), defaults=recipe.model.defaults)
+    config = from_dict(NativeConfig, meta["config"], "config")
+    if recipe.task != "distill":  # a student draws as it was taught
+        config = replace(config, defaults=recipe.model.defaults)
     if args.average:
         other = unpack(read_tensors(args.average))
         for k in [k for k in tensors if k.startswith("network.")]:

@@ -101,10 +101,9 @@ def fit(image: Image.Image, size: int | tuple[int, int], crop: str, background: 
 
     With crop ``random`` it only comes to cover that, and is cut later.
     """
+    check_proportions(image)
     height, width = (size, size) if isinstance(size, int) else size
     w, h = image.size
-    if max(w, h) > MAX_ASPECT * min(w, h):
-        raise PictureError(f"{w}×{h} is too long and narrow")
     if (w, h) == (width, height):
         return image
     lanczos = Image.Resampling.LANCZOS
@@ -122,6 +121,13 @@ def fit(image: Image.Image, size: int | tuple[int, int], crop: str, background: 
     part_w, part_h = (max(1, round(h * width / height)), h) if wide else (w, max(1, round(w * height / width)))
     left, top = (w - part_w) // 2, (h - part_h) // 2
     return image.crop((left, top, left + part_w, top + part_h)).resize((width, height), lanczos)
+
+
+def check_proportions(image: Image.Image) -> None:
+    """Raise PictureError for a picture that is too long and narrow to be brought to a size."""
+    w, h = image.size
+    if max(w, h) > MAX_ASPECT * min(w, h):
+        raise PictureError(f"{w}×{h} is too long and narrow")
 
 
 def to_array(image: Image.Image, channels: int = 3) -> np.ndarray:

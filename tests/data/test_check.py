@@ -44,6 +44,14 @@ def test_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["captions"]["commonest_words"][:2] == [["a", 5], ["square", 5]]
 
 
+def test_what_is_too_long_is_bad_wherever_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(202):  # every second goes on the sheet
+        Image.new("RGB", (200, 2) if i == 201 else (4, 4)).save(tmp_path / f"{i:03}.png")
+        (tmp_path / f"{i:03}.txt").write_text("a square")
+    assert main(["data", "check", str(tmp_path), "--json"]) == 4
+    assert [b["file"] for b in json.loads(capsys.readouterr().out)["bad"]] == ["201.png"]
+
+
 def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "evil\x1b[2J.png").write_bytes(b"<html>")
     (folder / "evil\x1b[2J.txt").write_text("words")

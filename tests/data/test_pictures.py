@@ -166,6 +166,13 @@ def test_template_shares() -> None:
     assert all(any(w in c for w in ("fox", "animal", "face", "style")) for c in drawn if c)
 
 
+def test_a_text_in_place_of_a_list_is_one_word() -> None:
+    rng, row = random.Random(0), {**ROW, "alt_names": "vixen", "tags": 7}
+    drawn = {template_caption(row, 0.0, rng) for _ in range(500)}
+    assert any("vixen" in c for c in drawn)
+    assert all(any(w in c for w in ("fox", "vixen", "7", "style")) for c in drawn)
+
+
 def test_plain_field_and_none(tmp_path: Path) -> None:
     root = write_pictures(tmp_path / "p", 3)
     assert set(load(root, dropout=0.0).batch(0, 0, 30).captions) == {f"picture number {i}" for i in range(3)}

@@ -176,6 +176,21 @@ def test_what_is_wrong_in_metadata_is_said(tmp_path: Path) -> None:
     assert [v for v in found.values() if v and "out of the folder" in v] != []
 
 
+def test_json_in_a_tar_that_is_no_object_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in (
+            ("a.png", picture(0)),
+            ("a.json", b"[[1, 2]]"),
+            ("b.png", picture(1)),
+            ("b.json", b'["ab"]'),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert all("is not JSON" in str(v) for v in problems(open_source(path)).values())
+
+
 def test_a_cut_tar_keeps_what_came_before(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "t.tar")
     whole = path.read_bytes()

@@ -252,6 +252,7 @@ def test_what_a_student_cannot_have_is_refused(teacher: Path, tmp_path: Path) ->
     raw = distill(teacher)
     refused({**raw, "distill": {}}, BadData, "needs distill.teacher")
     refused({**raw, "model": {"size": 64}}, BadData, "leave model out")
+    refused({**raw, "model": {"defaults": {"steps": 9}}}, BadData, "leave model out")
     refused({**raw, "latents": {"align": 0.5}}, BadData, "leave latents out")
     for name, value in (("steps", 0), ("substeps", -1), ("guidance", 0.5), ("guidance", float("nan"))):
         refused(distill(teacher, **{name: value}), BadData, f"distill.{name} must be")

@@ -20,6 +20,7 @@ from sfumato.data.config import DataConfig
 from sfumato.data.pictures import load_pictures
 from sfumato.errors import BadCheckpoint, BadData
 from sfumato.families.autoencoder import load_autoencoder, load_preview
+from sfumato.families.native import read_native
 from sfumato.families.pretrained import load_lpips
 from sfumato.pipeline.pipeline import load
 from sfumato.text.tower import TextTower
@@ -30,7 +31,7 @@ from sfumato.training.denoiser import DenoiserTask
 from sfumato.training.loop import _Learner
 from sfumato.training.objective import loss_by_level
 from sfumato.training.progress import Progress
-from sfumato.training.recipe import Recipe
+from sfumato.training.recipe import Recipe, build_recipe
 from sfumato.training.tasks import build_task
 from sfumato.training.world import World
 
@@ -110,6 +111,28 @@ def test_what_compares_pictures_goes_where_they_are() -> None:
     game = Game(from_dict(Recipe, raw, "test")).to("meta")
     x, noise, excess = (torch.zeros(s, device="meta") for s in ((2, 3, 32, 32), (2, 3, 8, 8), (2, 1, 1, 1)))
     assert game(x, noise, excess, False).shape == (2,)
+
+
+def test_all_ranks_and_parts_of_a_step_are_judged_or_none_is() -> None:
+    recipe = build_recipe({**VAE, "steps": 3}, ["autoencoder.loss.adversarial_from=0.5"], "settings")
+    task = AutoencoderTask(recipe, load_pictures(recipe.data, 16, Path()))
+    asked = [task.fetch(range(start, start + 2)).adversarial for start in range(0, 12, 2)]
+    assert asked == [False, False, False, False, True, True]  # steps 0, 1 and 2, in two parts each
+
+
+def test_a_tower_reads_by_the_vocabulary_that_it_learned(vae: Path, tmp_path: Path) -> None:
+    first = train(latent(str(vae)), tmp_path, "first")
+    data = tmp_path / "zebras"
+    data.mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text("zebra quokka zebra quokka")
+    raw = latent(str(vae))
+    raw["latents"]["text"], raw["data"] = str(first), {"path": str(data), "captions": "plain"}
+    second = train(raw, tmp_path, "second")
+    towers = [read_native(path).text for path in (first, second)]
+    assert towers[0].tokenizer.to_str() == towers[1].tokenizer.to_str()
+    torch.testing.assert_close(*(tower.encode(["a red apple"]) for tower in towers))
 
 
 def test_each_side_of_the_game_learns_from_its_own_loss() -> None:
@@ -473,7 +496,7 @@ def test_what_does_not_fit_is_refused_in_one_line(vae: Path, tmp_path: Path) -> 
         train(mismatch, tmp_path, "b")
     text = latent(str(vae))
     text["latents"]["text"] = str(vae)
-    with pytest.raises(BadCheckpoint, match=r"holds nothing under text\."):
+    with pytest.raises(BadCheckpoint, match="not what this project trains by task: denoiser"):
         train(text, tmp_path, "c")
     with pytest.raises(BadData, match="no task named 'autoencode'; did you mean"):
         train({**VAE, "task": "autoencode"}, tmp_path, "d")

@@ -23,6 +23,7 @@ from sfumato.cli import main
 from sfumato.data.pictures import load_pictures
 from sfumato.errors import BadData
 from sfumato.training.denoiser import DenoiserTask
+from sfumato.training.grid import write_sheet
 from sfumato.training.loop import Stopped
 from sfumato.training.objective import Losses
 from sfumato.training.state import load_newest
@@ -209,6 +210,41 @@ def test_a_grid_without_prompts_is_a_row_of_pictures_without_words(pictures, tmp
     run(pictures, tmp_path, "steps=1", "grid_every=1", "grid_prompts=[]")
     with Image.open(tmp_path / "grid-00000001.png") as grid:
         assert grid.size == (4 * 8, 8)
+
+
+def test_a_sheet_ends_in_white_where_pictures_do(tmp_path: Path):
+    write_sheet(-torch.ones(10, 3, 4, 4), 8, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (32, 8)
+        assert (sheet.getpixel((7, 7)), sheet.getpixel((8, 7))) == ((0, 0, 0), (255, 255, 255))
+
+
+def test_samplers_go_by_their_other_names_and_wrong_ones_are_refused_at_once(tmp_path: Path, capsys):
+    named = ("model.defaults.spacing=sgm_uniform", "model.defaults.sampler=dpm++_2m", "steps=1", "grid_every=1")
+    assert main(command(tmp_path / "named", *named)[3:]) == 0
+    assert main(command(tmp_path / "wrong", "model.defaults.sampler=eulr")[3:]) == 4
+    assert "did you mean 'euler'" in capsys.readouterr().err
+    assert main(command(tmp_path / "wrong", "model.preview.latent_channels=3")[3:]) == 4
+    assert "go with latents.autoencoder" in capsys.readouterr().err
+    assert not (tmp_path / "wrong/recipe.json").exists()
+
+
+def test_a_refused_start_binds_nothing(tmp_path: Path, capsys):
+    root = write_pictures(tmp_path / "data", 40)
+    whole = (root / "003.png").read_bytes()
+    spoil(root, 3)
+    argv = command(tmp_path / "run", "steps=1", "data.captions=plain", f"data.path={root}")[3:]
+    assert main([*argv, "optimizer.name=adam"]) == 4
+    assert (tmp_path / "run/bad.jsonl").exists()
+    (root / "003.png").write_bytes(whole)
+    for words in root.glob("*.txt"):
+        words.write_text("zebra quokka zebra quokka")
+    assert main(argv) == 0, capsys.readouterr().err
+    assert not (tmp_path / "run/bad.jsonl").exists()
+    vocabulary = json.loads((tmp_path / "run/tokenizer.json").read_text())["model"]["vocab"]
+    assert any("quokka" in token for token in vocabulary)
+    assert main(command(tmp_path / "few", "model.text.vocabulary=200")[3:]) == 4
+    assert "vocabulary must be at least 258" in capsys.readouterr().err
 
 
 def test_fewer_steps_than_are_done_are_refused(pictures, tmp_path: Path):

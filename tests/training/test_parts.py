@@ -222,6 +222,8 @@ def test_the_log_keeps_no_step_twice_and_no_half_line(tmp_path: Path):
         (["steps"], "not of the form key=value"),
         (["steps.more=1"], "steps is not a group"),
         (["model=3"], "expected a group of settings"),
+        (["seed=18446744073709551616"], "seed must be below"),
+        (["card.date=2024-13-45"], "the value is not readable YAML"),
     ],
 )
 def test_bad_recipes_are_refused_in_one_line(overrides: list[str], message: str):
@@ -250,6 +252,16 @@ def test_recipes_survive_the_round_trip_through_plain_data(path: Path):
     assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe))), "x") == recipe
     with pytest.raises(BadData, match="too large a number"):
         from_dict(Recipe, to_dict(recipe) | {"optimizer": {"rate": 10**400}}, "x")
+
+
+def test_a_recipe_says_what_differs_from_the_defaults_group_by_group():
+    before = Recipe()
+    now = build_recipe({"model": {"size": 64, "network": {"blocks": 3}, "text": {"layers": 2}}}, [], "settings")
+    assert now.model.network == replace(before.model.network, blocks=3)
+    assert now.model.text == replace(before.model.text, layers=2)
+    assert (now.model.defaults.width, now.model.defaults.height) == (64, 64)
+    clip = build_recipe({}, ["clip.network.text.layers=2"], "settings").clip.network.text
+    assert clip == replace(before.clip.network.text, layers=2)
 
 
 def test_numbers_in_yaml_and_overrides():

@@ -132,6 +132,8 @@ def test_what_cannot_be_measured_is_said_before_the_first_step(data: Path, tmp_p
     for overrides, code, words in (
         (("evaluate_every=4", "evaluate_metrics=[kidd]"), 2, "did you mean 'kid'"),
         (("evaluate_every=4", "evaluate_n=3"), 2, "n must be at least 10"),
+        (("evaluate_every=4", "data.where={split: [train, val]}"), 4, "learns from split 'val'"),
+        (("evaluate_every=4", "data.where={style: plain}"), 4, "learns from split 'val'"),
         (("evaluate_every=4", "evaluate_metrics=[judge]", "data.where={style: plain, split: train}"), 4, "judge"),
     ):
         if missing(LITE0) and code == 4:

@@ -23,10 +23,10 @@ def template_caption(row: Mapping[str, Any], dropout: float, rng: random.Random)
     """Write one caption for a row with ``name``, ``style_phrase``, ``alt_names``, ``tags``; '' with dropout's odds."""
     if rng.random() < dropout:
         return ""
-    style, tags = row["style_phrase"], list(row.get("tags") or [])
+    style, tags = row["style_phrase"], several(row.get("tags"))
     name = row["name"]
-    if row.get("alt_names") and rng.random() < OTHER_NAME:
-        name = rng.choice(row["alt_names"])
+    if (names := several(row.get("alt_names"))) and rng.random() < OTHER_NAME:
+        name = rng.choice(names)
     draw = rng.random()
     if draw < NAME_ONLY:
         return name
@@ -37,6 +37,11 @@ def template_caption(row: Mapping[str, Any], dropout: float, rng: random.Random)
     elif tags and draw < NAME_ONLY + STYLE_ONLY + TAG_AS_NAME + WITH_TAGS:
         name = ", ".join([name, *rng.sample(tags, min(len(tags), rng.randint(1, 3)))])
     return rng.choice(PATTERNS).format(name=name, style=style)
+
+
+def several(value: Any) -> list[str]:
+    """Return a column of a text or a list of them as a list, without what is empty."""
+    return [str(v) for v in (value if isinstance(value, list) else [value]) if v not in (None, "")]
 
 
 def plain_caption(caption: str, dropout: float, rng: random.Random) -> str:

@@ -19,7 +19,7 @@ from sfumato.data.captions import MAX_CHARACTERS
 from sfumato.data.pictures import problem, watched
 from sfumato.data.report import Bad, Report
 from sfumato.data.sources import Source
-from sfumato.decode import PictureError, decode, fit
+from sfumato.decode import PictureError, check_proportions, decode, fit
 
 FEW = 20  # columns of at most so many values are worth counting
 CELL, COLUMNS, CELLS = 96, 10, 100  # of a contact sheet
@@ -69,6 +69,7 @@ def check(source: Source, captions: str, background: str = "white") -> Findings:
                 raise PictureError(reason)
             data = record.read()
             image = decode(data, background)
+            check_proportions(image)
             cell = fit(image, CELL, "pad", background) if i % stride == 0 and len(cells) < CELLS else None
         except PictureError as e:
             bad.append(Bad(record.name, str(e)))

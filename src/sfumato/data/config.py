@@ -86,4 +86,4 @@ class DataConfig:
         """Return where the data lie, reading a relative path from ``root``."""
         if not self.path:
             raise BadData("no data are named: give a folder, .parquet or .tar with data.path=… or --data")
-        return SAMPLE if self.path == "sample" else (root / self.path).expanduser()
+        return SAMPLE if self.path == "sample" else root / Path(self.path).expanduser()

@@ -401,7 +401,9 @@ def _tar_record(path: Path, name: str, members: dict[str, tarfile.TarInfo], size
             try:
                 text = data_read().decode("utf-8-sig")
                 if suffix == ".json":
-                    row |= dict(json.loads(text))
+                    if not isinstance(found := json.loads(text), dict):
+                        raise ValueError("no object")
+                    row |= found
                 else:
                     row["label" if suffix == ".cls" else "caption"] = _one_line(text)
             except (ValueError, TypeError, RecursionError):

@@ -85,8 +85,8 @@ class AutoencoderTask:
         config = self.recipe.autoencoder
         side = self.recipe.autoencoder.size // config.network.factor
         u, noise = draws(self.recipe.seed, places, (config.network.latent_channels, side, side))
-        start = config.loss.adversarial_from * self.recipe.steps * self.recipe.batch
-        return Pair(x, noise, config.loss.noise * u.float()[:, None, None, None], places.start >= start)
+        adversarial = places.start // self.recipe.batch >= config.loss.adversarial_from * self.recipe.steps
+        return Pair(x, noise, config.loss.noise * u.float()[:, None, None, None], adversarial)
 
     def fingerprint(self) -> str:
         """SHA-256 of the pictures and their columns."""

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sfumato.checkpoints.tensors import to_half
+from sfumato.data.captions import several
 from sfumato.data.encoded_captions import EncodedCaptions
 from sfumato.data.latents import Latents
 from sfumato.data.pictures import Batch, Row
@@ -165,8 +166,8 @@ class DenoiserTask:
         u, eps = draws(self.recipe.seed, places, batch.x0.shape[1:])
         features = None
         if self.features is not None and batch.indices is not None:
-            until = self.recipe.latents.align_until * self.recipe.steps * self.recipe.batch
-            features = self.features[batch.indices] if places.start < until else None
+            step, until = places.start // self.recipe.batch, self.recipe.latents.align_until * self.recipe.steps
+            features = self.features[batch.indices] if step < until else None  # the same on all ranks
         pictures = None
         if self.perceptual is not None and batch.indices is not None:
             assert isinstance(self.pictures, Latents)
@@ -252,18 +253,20 @@ def _tokenizer(recipe: Recipe, pictures: Source, run: Path, world: World) -> Tok
         return build_tokenizer(text, None)
     path = run / "tokenizer.json"
     world.together(lambda: _learn_tokenizer(pictures, text.vocabulary, path) if world.main else None)
-    return Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    if (tokens := tokenizer.get_vocab_size()) > text.vocabulary:
+        raise BadData(f"recipe: model.text.vocabulary must be at least {tokens}, not {text.vocabulary}")
+    return tokenizer
 
 
 def _learn_tokenizer(pictures: Source, vocabulary: int, path: Path) -> None:
-    """Learn a vocabulary from the captions and store it with the run, unless it has one."""
-    if not path.exists():
+    """Learn a vocabulary from the captions and store it with the run, unless one that has begun has one."""
+    if not (path.exists() and (path.parent / "recipe.json").exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer([str(text) for row in pictures.rows for text in _texts(row)], vocabulary)
         write_atomically(path, tokenizer.to_str().encode())
 
 
 def _texts(row: Mapping[str, object]) -> list[object]:
-    names = row.get("alt_names") or []
-    tags = row.get("tags") or []
-    return [row.get("caption", ""), row.get("name", ""), row.get("style_phrase", ""), *names, *tags]  # type: ignore[misc]
+    words = [*several(row.get("alt_names")), *several(row.get("tags"))]
+    return [row.get("caption", ""), row.get("name", ""), row.get("style_phrase", ""), *words]

@@ -58,7 +58,7 @@ class DistillTask(DenoiserTask):
         world: World = World(),  # noqa: B008
     ):
         config, own = recipe.distill, teacher.config
-        if replace(recipe.model, defaults=own.defaults) not in (own, replace(NativeConfig(), defaults=own.defaults)):
+        if recipe.model not in (own, NativeConfig()):
             raise BadData("recipe: task: distill takes its model from distill.teacher: leave model out")
         if recipe.latents != LatentRecipe():
             raise BadData("recipe: task: distill takes its latents from distill.teacher: leave latents out")

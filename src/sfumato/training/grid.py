@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sfumato.diffusion.guidance import Pair, cfg
 from sfumato.diffusion.level import NoiseLevel, Prediction
-from sfumato.diffusion.samplers import SAMPLERS
-from sfumato.diffusion.spacings import SPACINGS
+from sfumato.diffusion.samplers import find_sampler
 from sfumato.diffusion.spacings import Path as Levels
+from sfumato.diffusion.spacings import find_spacing
 from sfumato.families.native import Native
 from sfumato.files import write_atomically
 from sfumato.pixels import eight_bits
@@ -35,7 +35,7 @@ def draw_grid(
     prompts = [p for p in prompts or [""] for _ in range(columns)]
     x = torch.randn((len(prompts), *native.config.shape), generator=torch.Generator().manual_seed(0))
     defaults = native.config.defaults
-    levels = SPACINGS[defaults.spacing](native.config.build_schedule(), defaults.steps)
+    levels = find_spacing(defaults.spacing)(native.config.build_schedule(), defaults.steps)
     write_sheet(decode(drawn(native, prompts, x, levels, defaults.sampler)), columns, path)
 
 
@@ -55,13 +55,14 @@ def drawn(native: Native, prompts: list[str], x: Tensor, levels: Levels, sampler
         return wanted, plain
 
     pair = Pair(lambda x, level: both(x, level)[0], lambda x, level: both(x, level)[1], both)
-    for step in SAMPLERS[sampler](cfg(config.defaults.guidance)(pair), x, levels, torch.randn_like):
+    for step in find_sampler(sampler)(cfg(config.defaults.guidance)(pair), x, levels, torch.randn_like):
         x = step.x
     return x
 
 
 def write_sheet(x: Tensor, columns: int, path: Path) -> None:
-    """Write pictures (N, C, H, W) in [−1, 1] as a PNG of so many columns, row after row; N a multiple of them."""
+    """Write pictures (N, C, H, W) in [−1, 1] as a PNG of so many columns, row after row, white where they end."""
+    x = torch.cat([x, x.new_ones(-len(x) % columns, *x.shape[1:])])
     cells = eight_bits(x)  # (N, C, H, W)
     c, h, w = cells.shape[1:]
     sheet = cells.reshape(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)

@@ -125,6 +125,7 @@ def train(
     parts = world.size * recipe.accumulate
     if recipe.batch % parts:
         raise BadData(f"recipe: batch {recipe.batch} cannot be cut into {world.size} ranks × {recipe.accumulate} parts")
+    build_optimizers(task.module, recipe.optimizer)  # what it refuses, it refuses before the run is settled
     learner = _Learner(task, recipe, _settle_recipe(task, recipe, run, world), world)
     start = learner.resume(run, progress)
     if start > recipe.steps:
@@ -419,7 +420,7 @@ def _settle_recipe(task: Task, recipe: Recipe, run: Path, world: World) -> str:
             if precision == "auto":
                 precision = "bf16" if bf16_pays(world.device) else "fp32"
         plain = {**to_dict(recipe), "resolved_precision": precision, "data_fingerprint": data}
-        write_atomically(path, json.dumps(plain, indent=1).encode())
+        write_atomically(path, json.dumps(plain, indent=1, default=str).encode())
 
     world.together(lambda: settle() if world.main else None)
     return _read_json(path)["resolved_precision"]
@@ -436,7 +437,7 @@ def _binding(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that a run cannot change; where the data lie is told by their content."""
     # A CLIP's pairs are those of a part: there accumulation is no mere way to compute the same.
     plain = {k: v for k, v in to_dict(recipe).items() if k not in FREE or (k == "accumulate" and recipe.task == "clip")}
-    return json.loads(json.dumps({**plain, "data": {**plain["data"], "path": ""}}))
+    return json.loads(json.dumps({**plain, "data": {**plain["data"], "path": ""}}, default=str))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

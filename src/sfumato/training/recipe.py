@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sfumato.config import from_dict
+from sfumato.config import from_dict, to_dict
 from sfumato.data.config import DataConfig
 from sfumato.errors import BadData
 from sfumato.families.clip import TwoTowersConfig
@@ -277,6 +277,8 @@ class Recipe:
         for name in ("workers", "threads", "grid_every", "evaluate_every", "evaluate_steps", "seed"):
             if getattr(self, name) < 0:
                 raise BadData(f"recipe: {name} must not be negative, not {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise BadData(f"recipe: seed must be below 2^63, not {self.seed}")
         if not self.ema or not all(0 <= decay < 1 for decay in self.ema):
             raise BadData(f"recipe: ema is a list of decays in [0, 1), not {list(self.ema)}")
         for name, choices in (("precision", ("auto", "fp32", "bf16")), ("device", ("auto", "cpu", "cuda")),
@@ -306,7 +308,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except FileNotFoundError:
         raise BadData(f"no recipe at {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, yaml.YAMLError) as e:
         raise BadData(f"{path}: not a readable YAML recipe ({str(e).splitlines()[0]})") from None
     if not isinstance(raw, dict):
         raise BadData(f"{path}: a recipe is a mapping of settings, not {type(raw).__name__}")
@@ -327,6 +329,16 @@ def build_recipe(raw: dict[str, Any], overrides: list[str], where: str) -> Recip
                 raise BadData(f"{key}: {parent} is not a group of settings")
         try:
             place[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # such as a date that no calendar has
             raise BadData(f"{override!r}: the value is not readable YAML") from None
-    return from_dict(Recipe, raw, where)
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(own := model.get("defaults") or {}, dict):
+        side = model.get("size", NativeConfig().size)
+        raw = {**raw, "model": {**model, "defaults": {"width": side, "height": side, **own}}}
+    return from_dict(Recipe, _over(to_dict(Recipe()), raw), where)
+
+
+def _over(before: Mapping[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """Lay settings over the defaults, group by group: a recipe says what differs."""
+    old = {k: v for k, v in before.items() if isinstance(v, Mapping)}
+    return {**before, **{k: _over(old[k], v) if isinstance(v, dict) and k in old else v for k, v in raw.items()}}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sfumato.data.pictures import Pictures, load_pictures
 from sfumato.data.report import Report
-from sfumato.errors import BadData, nearest
+from sfumato.diffusion import find_sampler, find_spacing
+from sfumato.errors import BadData, BadRequest, nearest
 from sfumato.files import sha256, write_atomically
 from sfumato.training.loop import Task
 from sfumato.training.progress import Progress
@@ -28,16 +29,24 @@ Load = Callable[[int, int, int], Pictures]
 def _denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
     from sfumato.training.denoiser import DenoiserTask
 
+    model = recipe.model
+    try:
+        find_sampler(model.defaults.sampler)
+        find_spacing(model.defaults.spacing)
+    except BadRequest as e:
+        raise BadData(f"recipe: model.defaults: {e}") from None
     if recipe.latents.autoencoder:
         return _latent_denoiser(recipe, load, root, run, world)
     if recipe.latents != LatentRecipe():
         raise BadData("recipe: latents needs latents.autoencoder, a trained one; to denoise pixels leave latents out")
-    model = recipe.model
+    if model.autoencoder is not None or model.preview is not None:
+        raise BadData("recipe: model.autoencoder and model.preview go with latents.autoencoder: leave them out")
     return DenoiserTask(recipe, load(model.size, model.denoiser.in_channels, model.multiple), run, world)
 
 
 def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: World) -> Task:
     from sfumato.families.autoencoder import load_autoencoder
+    from sfumato.families.native import read_native
     from sfumato.training.denoiser import DenoiserTask
     from sfumato.training.start import align_features, start_denoiser, start_preview, start_text
 
@@ -52,7 +61,10 @@ def _latent_denoiser(recipe: Recipe, load: Load, root: Path, run: Path, world: W
     latents = _latents(load(recipe.model.size, 3, recipe.model.multiple), network, hash, run)
     preview = start_preview(recipe, root)
     features = align_features(recipe, latents.pictures, run / "cache") if recipe.latents.align else None
-    task = DenoiserTask(recipe, latents, run, world, network, preview, features)
+    tokenizer = None  # a tower that comes trained reads by the vocabulary that it learned
+    if recipe.latents.text and recipe.model.text.tokenizer == "learned":
+        tokenizer = read_native(root / recipe.latents.text).text.tokenizer
+    task = DenoiserTask(recipe, latents, run, world, network, preview, features, tokenizer)
     if recipe.latents.perceptual:  # its decoder is a part of the loss
         task.origin = hash
     start_text(recipe, task.module, root)
@@ -206,6 +218,8 @@ def build_task(recipe: Recipe, root: Path, run: Path, world: World, progress: Pr
         if found.bad and world.main:
             run.mkdir(parents=True, exist_ok=True)
             write_atomically(listing, found.to_jsonl())
+        elif world.main:  # of an earlier start
+            listing.unlink(missing_ok=True)
         progress.note(found.summary(listing))
 
     def load(side: int, channels: int, multiple: int) -> Pictures:

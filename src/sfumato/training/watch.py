@@ -5,7 +5,7 @@ Nothing of it touches the run's own state or random numbers: a run ends in the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from sfumato.data.report import Report as DataReport
 from sfumato.errors import BadData, SfumatoError
 from sfumato.evaluation.cache import Cache, default_folder
 from sfumato.evaluation.measure import evaluate, prepare
-from sfumato.evaluation.truth import load_truth
+from sfumato.evaluation.truth import ALL, SEEN, load_truth
 from sfumato.pipeline.pipeline import load
 from sfumato.training.recipe import Recipe
 
@@ -41,13 +41,18 @@ class Watch:
         data, n = recipe.data, recipe.evaluate_n
         if data.captions not in ("plain", "template"):
             raise BadData(f"evaluate_every needs captions to draw; data.captions is {data.captions!r}")
-        config = replace(data, where={k: v for k, v in data.where.items() if k != "split"}, weights={})
+        where, exclude = ({k: v for k, v in of.items() if k != "split"} for of in (data.where, data.exclude))
+        config = replace(data, where=where, exclude=exclude, weights={})
 
         def report(found: DataReport) -> None:
             note(f"evaluation: {found.summary()}")
 
         side = recipe.model.defaults.width
         truth = load_truth(config, side, n, root, report, choosing=True)
+        learned, left = (_several(of.get("split", [])) for of in (data.where, data.exclude))
+        for split in truth.drawn.keys() - {SEEN, ALL}:
+            if split not in left and (split in learned or "split" not in data.where):
+                raise BadData(f"the run learns from split {split!r}, too: leave it out by data.where.split")
         if set(recipe.evaluate_metrics) <= SETS:
             truth = truth.lean(4 * n)
         self.yardstick = prepare(truth, recipe.evaluate_metrics, Cache(default_folder()))
@@ -81,6 +86,10 @@ class Watch:
             for f in report.figures if not f.style
         ]  # fmt: skip
         return {"figures": figures, **report.settings, "data": report.data_hash[:16], "size": report.size}
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def build_watch(recipe: Recipe, root: Path, note: Callable[[str], None]) -> Watch:
