@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -307,6 +308,22 @@ def test_variations_and_the_way_between_two_pictures(open_page: Open, site: str)
     ends = [tiles.nth(i).get_attribute("src") or "" for i in (0, 6)]
     pictures = {p["url"]: p for p in ask(site, "/pictures?limit=60")["pictures"]}
     assert [pictures[url]["request"]["seed"] for url in ends] == [21, 22], "it goes from the one to the other"
+
+
+def test_what_another_model_made_is_told_and_zeros_are_shown(
+    open_page: Open, site: str, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pictures = next(tmp_path_factory.getbasetemp().glob("studio*/pictures"))
+    made = load(tiny_file).generate("from afar", seed=77, steps=1, guidance=0)[0]
+    replace(made, model="elsewhere", model_hash="0" * 64).save(pictures / "from-afar.png")
+    page = open_page("/#/gallery")
+    page.fill("#search", "from afar")
+    page.locator("#gallery .tile").first.click()
+    page.locator("#detail[open]").wait_for()
+    assert page.locator("#detail dt:text-is('guidance') + dd").inner_text() == "0"
+    page.get_by_role("button", name="Replay").click()
+    page.locator("#toast:has-text('elsewhere, which is not served here')").wait_for()
+    page.locator("#easel[data-state=done] button.tile").first.wait_for()
 
 
 def test_look_inside(open_page: Open, site: str) -> None:
