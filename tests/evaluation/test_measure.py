@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,7 +270,9 @@ def test_a_missing_extractor_names_pips_command(truth: Truth, monkeypatch: pytes
         prepare(truth, ("lpips",), Cache(None))
 
 
-def test_fid_without_torch_fidelity(tmp_path: Path) -> None:
+def test_fid_without_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torch_fidelity"]:  # other tests may have had it
+        monkeypatch.delitem(sys.modules, name)
     weights = tmp_path / "inception.pth"
     torch.save({}, weights)
     try:

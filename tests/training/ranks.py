@@ -58,6 +58,7 @@ def lazy(world: World, folder: Path) -> Any:
         write_pictures(root, 40)
     world.barrier()
     pictures = load_pictures(DataConfig(path=str(root), lazy=True, dropout=0.0), 8, Path())
+    world.barrier()  # all have seen it whole
     place = 2 * 6 + 4  # rank 0 takes 12, 13, 14, rank 1 takes 15, 16, 17
     if world.main:
         (root / f"{pictures.order(0, 0)[place]:03}.png").write_bytes(b"<html>")
