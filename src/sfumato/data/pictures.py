@@ -340,7 +340,7 @@ def _choose(source: Source, config: DataConfig) -> list[Record]:
     for setting, named in (("exclude", config.exclude), ("weights", config.weights)):
         for column, values in named.items():
             _check_values(source, setting, column, list(values))
-    records = [r for r in source.records if r.problem or _wanted(r.row, config)]
+    records = [r for r in source.records if r.problem or is_wanted(r.row, config)]
     if not any(not r.problem for r in records) and (config.where or config.exclude):
         raise BadData(f"{where}: no picture is left after where={dict(config.where)} exclude={dict(config.exclude)}")
     if not records:
@@ -376,7 +376,8 @@ def _check_values(source: Source, setting: str, column: str, values: list[Any]) 
             raise BadData(f"{where}: data.{setting}: no row has {column}={value!r}{near}{listing}")
 
 
-def _wanted(row: Row, config: DataConfig) -> bool:
+def is_wanted(row: Row, config: DataConfig) -> bool:
+    """Whether a row is among those that ``where`` and ``exclude`` leave."""
     return all(
         row.get(k) in v if isinstance(v, list) else row.get(k) == v for k, v in config.where.items()
     ) and not any(row.get(k) in values for k, values in config.exclude.items())

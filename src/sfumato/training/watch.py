@@ -5,11 +5,12 @@ Nothing of it touches the run's own state or random numbers: a run ends in the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sfumato.data.pictures import is_wanted
 from sfumato.data.report import Report as DataReport
 from sfumato.errors import BadData, SfumatoError
 from sfumato.evaluation.cache import Cache, default_folder
@@ -49,9 +50,8 @@ class Watch:
 
         side = recipe.model.defaults.width
         truth = load_truth(config, side, n, root, report, choosing=True)
-        learned, left = (_several(of.get("split", [])) for of in (data.where, data.exclude))
-        for split in truth.drawn.keys() - {SEEN, ALL}:
-            if split not in left and (split in learned or "split" not in data.where):
+        for split, rows in truth.drawn.items():
+            if split not in (SEEN, ALL) and any(is_wanted(truth.rows[i], data) for i in rows):
                 raise BadData(f"the run learns from split {split!r}, too: leave it out by data.where.split")
         if set(recipe.evaluate_metrics) <= SETS:
             truth = truth.lean(4 * n)
@@ -86,10 +86,6 @@ class Watch:
             for f in report.figures if not f.style
         ]  # fmt: skip
         return {"figures": figures, **report.settings, "data": report.data_hash[:16], "size": report.size}
-
-
-def _several(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def build_watch(recipe: Recipe, root: Path, note: Callable[[str], None]) -> Watch:
