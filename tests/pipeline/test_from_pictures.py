@@ -267,6 +267,26 @@ def test_hires_draws_on_an_enlarged_picture(tiny: Model) -> None:
     assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), seen_before.flatten()]))[0, 1])) < 0.1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n": 3},
+        {"width": 32, "height": 24},
+        {"init": png(), "strength": 0.5, "n": 2},
+        {"hires": 1.5, "hires_strength": 0.75, "n": 2},
+        {"hires": 2, "best_of": 2},
+    ],
+)
+def test_a_requests_work_is_what_the_network_is_given(tiny: Model, settings: dict[str, Any]) -> None:
+    spy = Spy(tiny.network)
+    brightest = replace(tiny, network=spy, critic=lambda pictures, prompt: pictures.float().mean(dim=(1, 2, 3)))
+    events(Pipeline(brightest), sampler="ddim", steps=4, guidance=1.0, **settings)
+    own = (tiny.defaults.width, tiny.defaults.height)
+    request = Request(WORDS, seed=5, sampler="ddim", steps=4, guidance=1.0, **settings).resolve(brightest)
+    drawn = sum(x.shape[0] * x.shape[-2] * x.shape[-1] for x, _ in spy.seen)
+    assert request.work(own, tiny.multiple) == -(-drawn // (own[0] * own[1]))
+
+
 def test_the_truth_is_found_from_any_start(tiny: Model) -> None:
     """A network that sees one picture leads there, whatever the strength."""
     target = torch.from_numpy(noise_picture(seed=1)).permute(2, 0, 1)[None] / 127.5 - 1

@@ -164,7 +164,8 @@ class Context:
             fail(503, "the server is shutting down", retry_after=10)
         facts = self.facts(model)
         request = await asyncio.to_thread(self._resolved, settings, facts)
-        cost = self._check_limits(request)
+        self._check_limits(request)
+        cost = request.work((facts.defaults.width, facts.defaults.height), facts.multiple)
         places = self.settings.workers * self.settings.batch
         try:
             job = await self.db(self.queue.submit, origin, client, facts.name, request.to_dict(), cost, places)
@@ -178,8 +179,8 @@ class Context:
         request = Request.from_dict(take_pictures(self.uploads, self.gallery, settings))
         return request.resolve(cast("Model", facts))  # which asks a model for no more than these facts
 
-    def _check_limits(self, request: Request) -> int:
-        """The work that a request is, in steps; raises TooLarge where it is more than is served."""
+    def _check_limits(self, request: Request) -> None:
+        """Raise TooLarge for a request of more than is served."""
         assert request.width is not None
         assert request.height is not None
         assert request.steps is not None
@@ -193,7 +194,6 @@ class Context:
         ):
             if value > most:
                 raise TooLarge(f"{name} is {value}; this server takes at most {most}", setting)
-        return request.steps * request.drawn
 
     async def cancel(self, id: str) -> Job:
         """Cancel a job wherever it stands; raises ApiError if there is none, or it had ended."""
@@ -457,13 +457,16 @@ class Context:
             await self._end(worker, id, "failed", error)
 
     def _note_step(self, job: Job, message: dict[str, Any]) -> None:
-        if message["step"]:
-            self.pace.add(job.request["n"])
+        before = self._work_left(job)
+        self._progress[job.id] = {k: message[k] for k in ("step", "steps", "level")}
+        left = self._work_left(job)
+        if left < before:
+            self.pace.add(before - left)
         pictures = min(
             self.settings.batch, sum(j.request["n"] for w in self.supervisor.workers for j in w.jobs.values())
         )
-        left = self.pace.seconds((message["steps"] - message["step"]) * max(pictures, job.request["n"]))
-        self._progress[job.id] = {k: message[k] for k in ("step", "steps", "level")} | {"seconds_left": left}
+        company = max(1.0, pictures / job.request["n"])
+        self._progress[job.id]["seconds_left"] = self.pace.seconds(left * company)
         self._tell(job.id, "step", self._progress[job.id])
 
     async def _save(self, worker: Worker, job: Job, message: dict[str, Any], blob: bytes) -> None:
@@ -565,11 +568,12 @@ class Context:
         self._wake.set()
 
     def _work_at_hand(self) -> float:
-        return sum(
-            max(0, job.cost - self._progress.get(job.id, {}).get("step", 0) * job.request["n"])  # hires: more steps
-            for worker in self.supervisor.workers
-            for job in worker.jobs.values()
-        )
+        return sum(self._work_left(job) for worker in self.supervisor.workers for job in worker.jobs.values())
+
+    def _work_left(self, job: Job) -> float:
+        """A begun job's cost by the share of its steps that are left, each taken for as dear as another."""
+        now = self._progress.get(job.id)
+        return job.cost * (1 - now["step"] / now["steps"]) if now else float(job.cost)
 
     def _public(self, message: str) -> str:
         """A message without the places of this machine's files."""
