@@ -132,6 +132,9 @@ def test_what_cannot_be_measured_is_said_before_the_first_step(data: Path, tmp_p
     for overrides, code, words in (
         (("evaluate_every=4", "evaluate_metrics=[kidd]"), 2, "did you mean 'kid'"),
         (("evaluate_every=4", "evaluate_n=3"), 2, "n must be at least 10"),
+        (("evaluate_every=4", "evaluate_guidance=-1"), 2, "guidance must be a number from 0"),
+        (("evaluate_every=4", "evaluate_steps=5000"), 2, "steps must be a whole number from 1 to 1000"),
+        (("evaluate_every=4", "model.defaults.width=24"), 4, "only squares"),
         (("evaluate_every=4", "data.where={split: [train, val]}"), 4, "learns from split 'val'"),
         (("evaluate_every=4", "data.where={style: plain}"), 4, "learns from split 'val'"),
         (("evaluate_every=4", "evaluate_metrics=[judge]", "data.where={style: plain, split: train}"), 4, "judge"),

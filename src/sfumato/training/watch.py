@@ -17,6 +17,7 @@ from sfumato.evaluation.cache import Cache, default_folder
 from sfumato.evaluation.measure import evaluate, prepare
 from sfumato.evaluation.truth import ALL, SEEN, load_truth
 from sfumato.pipeline.pipeline import load
+from sfumato.pipeline.request import Request
 from sfumato.training.recipe import Recipe
 
 Export = Callable[[Path], None]  # writes the averaged weights as a model file
@@ -42,14 +43,20 @@ class Watch:
         data, n = recipe.data, recipe.evaluate_n
         if data.captions not in ("plain", "template"):
             raise BadData(f"evaluate_every needs captions to draw; data.captions is {data.captions!r}")
+        self.settings: Mapping[str, Any] = {
+            "steps": recipe.evaluate_steps or None, "guidance": recipe.evaluate_guidance, "seed": recipe.seed,
+        }  # fmt: skip
+        Request("any", **self.settings).checked()
+        width, height = recipe.model.defaults.width, recipe.model.defaults.height
+        if width != height:
+            raise BadData(f"only squares are compared; model.defaults draw {width}x{height}")
         where, exclude = ({k: v for k, v in of.items() if k != "split"} for of in (data.where, data.exclude))
         config = replace(data, where=where, exclude=exclude, weights={})
 
         def report(found: DataReport) -> None:
             note(f"evaluation: {found.summary()}")
 
-        side = recipe.model.defaults.width
-        truth = load_truth(config, side, n, root, report, choosing=True)
+        truth = load_truth(config, width, n, root, report, choosing=True)
         for split, rows in truth.drawn.items():
             if split not in (SEEN, ALL) and any(is_wanted(truth.rows[i], data) for i in rows):
                 raise BadData(f"the run learns from split {split!r}, too: leave it out by data.where.split")
@@ -58,9 +65,6 @@ class Watch:
         self.yardstick = prepare(truth, recipe.evaluate_metrics, Cache(default_folder()))
         for metric, reason in self.yardstick.skipped.items():
             raise BadData(f"evaluate_metrics: {metric} cannot be had from these data: {reason}")
-        self.settings: Mapping[str, Any] = {
-            "steps": recipe.evaluate_steps or None, "guidance": recipe.evaluate_guidance, "seed": recipe.seed,
-        }  # fmt: skip
 
     def __call__(self, export: Export, folder: Path, stop: Callable[[], bool]) -> dict[str, Any] | None:
         """Return the figures of the weights that ``export`` writes, each with N, extractor, reference and interval.
