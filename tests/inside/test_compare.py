@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from sfumato.diffusion.schedules import Flow
@@ -67,6 +68,15 @@ def test_distances_fall_with_steps_at_each_samplers_order(ideal: Pipeline) -> No
     x = ideal.initial_noise(request) * math.hypot(start.alpha, start.sigma)
     expected = 0.3 + 0.5 * (x - 0.3 * start.alpha) / math.sqrt(0.25 * start.alpha**2 + start.sigma**2)
     torch.testing.assert_close(exact.x, expected, atol=3 * exact.uncertainty, rtol=0)
+
+
+def test_calls_are_those_of_the_steps_that_are_walked(tiny: Model) -> None:
+    """Half a path from a picture, and two rounds of one that is enlarged on its way."""
+    half = {"init": Image.new("RGB", (16, 16), "red"), "strength": 0.5}
+    for settings, steps in ((half, 2), ({"hires": 2.0}, 6)):
+        request = Request.from_dict({"prompt": WORDS, "seed": 1, "width": 16, "height": 16, **settings})
+        runs = [e for e in samplers(Pipeline(tiny), request, ("euler", "heun"), (4,)) if isinstance(e, Run)]
+        assert [(r.steps, r.calls) for r in runs] == [(4, steps), (4, 2 * steps)]
 
 
 def test_observed_order_of_a_power_and_of_too_little() -> None:
