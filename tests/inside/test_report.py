@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 from PIL import Image
 
 from sfumato.cli import main
-from sfumato.inside.plot import Series, axis, chart
-from sfumato.inside.report import lit
+from sfumato.families.model import Model
+from sfumato.inside.plot import BOTTOM, H, Series, axis, chart
+from sfumato.inside.report import lit, report
+from sfumato.pipeline.inputs import PictureFile
+from sfumato.pipeline.pipeline import Pipeline
 
 PROMPT = '<script>alert(1)</script> a "red" apple & onerror='
 
@@ -64,6 +68,7 @@ def test_the_page_shows_every_part_with_the_models_values(explained: str) -> Non
     assert explained.count("<figure data-frame") == 4, "three steps and the end"
     for head in ("Its path", "Where each word looked", "What guidance does", "Samplers side by side", "The schedule"):
         assert f"<h2>{head}" in explained
+    assert "the first 6 words" in explained, "others have no curve"
     heads = re.findall(r'<th scope="col">(\d+): σ', explained)
     assert heads == ["0", "1", "2"], "each step once, the last among them"
     words = re.search(r"<table>.*?</table>", explained, re.S)
@@ -73,6 +78,17 @@ def test_the_page_shows_every_part_with_the_models_values(explained: str) -> Non
     steps = len(shares) // rows
     for step in range(steps):
         assert sum(shares[step::steps]) == pytest.approx(100, abs=0.05 * rows + 0.01)
+
+
+def test_the_page_tells_what_was_asked_for_zeros_too_and_nothing_else(tiny: Model) -> None:
+    start = PictureFile.of("init", Image.new("RGB", (16, 16), "red"))
+    settings = {"init": replace(start, name="red.png"), "strength": 0.5, "mix": 0.0}
+    (picture,) = Pipeline(tiny).generate("apple", prompt_to="pear", seed=0, steps=2, guidance=0.0, **settings)
+    page = report(Pipeline(tiny), picture, picture.pixels, samplers=["euler"], steps=[2], weights=[1])
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert (facts["seed"], facts["guidance"], facts["mix"]) == ("0", "0.0", "0.0")
+    assert facts["init"] == f"red.png ({start.sha256[:12]})"
+    assert not {"negative", "n", "best of", "eta", "guidance rescale", "control range"} & set(facts)
 
 
 @pytest.mark.parametrize(
@@ -124,4 +140,10 @@ def test_charts_place_values_on_their_axes() -> None:
     drawn = chart("a & b", [Series("s", [(1, 1), (2, float("inf")), (4, 0), (3, 2)])], "x", "y", ylog=True)
     assert drawn.count("L") == 1, "what cannot be drawn is left out"
     assert "a &amp; b" in drawn
+    low = chart(
+        "many", [Series(f"n{i}", [(0, 0), (1, 0)]) for i in range(6)] + [Series("", [(1, 9)], dots=True)], "x", "y"
+    )
+    names = [float(y) for y in re.findall(r'class="name[^>]* y="([\d.]+)"', low)]
+    assert np.diff(names).tolist() == [15] * 5, "each below the other"
+    assert names[-1] == H - BOTTOM + 4, "and none below the axis"
     assert chart("nothing", [Series("s", [])], "x", "y") == ""

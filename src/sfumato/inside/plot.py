@@ -93,9 +93,12 @@ def chart(label: str, series: Sequence[Series], x: str, y: str, *, xlog: bool = 
             parts.append(f'<path class="line s{i % 6}{" dashed" if s.dashed else ""}" d="{d}"/>')
         if s.dots:
             parts += [f'<circle class="s{i % 6}" cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in spots]
-        names.append((spots[-1][1], i, s.name))
+        if s.name:
+            names.append((spots[-1][1], i, s.name))
+    names.sort()
+    lowest = [H - BOTTOM - 15 * k for k in reversed(range(len(names)))]  # of each name: none is below the axis
     above = -math.inf
-    for py, i, name in sorted(names):
-        above = max(py, above + 15)
+    for (py, i, name), low in zip(names, lowest, strict=True):
+        above = min(max(py, above + 15), low)
         parts.append(f'<text class="name s{i % 6}" x="{W - RIGHT + 10}" y="{above + 4:.1f}">{escape(name)}</text>')
     return "".join([*parts, "</svg>"])

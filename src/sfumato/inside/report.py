@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from html import escape
 from importlib.resources import files
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from PIL import Image
 from sfumato.inside import compare, path
 from sfumato.inside.plot import Series, chart
 from sfumato.inside.record import data_url
+from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
@@ -26,6 +28,7 @@ Told = Callable[[str, int, int], None]  # what is done, steps done, of all
 
 SIDE = 192  # pixels of the longer side of a picture in the report, at most
 SHOWN = 8  # steps of which maps are shown
+CURVES = 6  # words that have one, the first: as many as there are colours
 
 
 def report(
@@ -87,9 +90,10 @@ def _found(events: Iterator[compare.Progress | T], what: str, tell: Told) -> lis
 
 
 def _head(picture: Picture, request: Request, equal: bool) -> str:
-    facts = {k: v for k, v in request.to_dict().items() if v not in (None, "", 0.0) and k not in ("prompt", "n")}
+    asked = {f.name: (getattr(request, f.name), f.default) for f in fields(request) if f.name != "prompt"}
+    facts = {k: _said(v) for k, (v, default) in asked.items() if v != default}  # a 0 that was asked for among them
     facts |= {"model": picture.model, "model hash": picture.model_hash[:12]}
-    rows = "".join(f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
+    rows = "".join(f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     verdict = (
         "Drawn again for this report, and equal in every pixel."
         if equal
@@ -100,6 +104,13 @@ def _head(picture: Picture, request: Request, equal: bool) -> str:
         f'<header class="lead">{_image(picture.pixels, request.prompt, 384)}<div><p class="soft">Looked inside</p>'
         f'<h1>{escape(request.prompt)}</h1><dl>{rows}</dl><p class="soft">{verdict}</p></div></header>'
     )
+
+
+def _said(value: Any) -> str:
+    """A setting's value in words; a picture by its name and the beginning of its SHA-256."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_said, value))
+    return f"{value.name} ({value.sha256[:12]})".lstrip() if isinstance(value, PictureFile) else str(value)
 
 
 def _path(frames: Sequence[path.Frame]) -> str:
@@ -140,7 +151,8 @@ def _words(frames: Sequence[path.Frame], words: Sequence[str]) -> str:
                 f"<td><figure>{_image(lit(f.predicted, m), name)}<figcaption>{m.mean():.1%}</figcaption></figure></td>"
             )
         rows += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    curves = [Series(w, [(i, _mean(f, k)) for i, f in seen]) for k, w in enumerate(words[:6])]
+    curves = [Series(w, [(i, _mean(f, k)) for i, f in seen]) for k, w in enumerate(words[:CURVES])]
+    whose = "each word" if len(words) <= CURVES else f"the first {CURVES} words"
     shares = [f.attention.share for _, f in seen if f.attention is not None]
     joint = (
         f" Cells gave words {np.mean(shares):.1%} of their attention, the rest to each other."
@@ -153,7 +165,8 @@ def _words(frames: Sequence[path.Frame], words: Sequence[str]) -> str:
         f"over cells, and all figures of a step sum to 100 %.{joint}</p>"
         f'<div class="scroll"><table><thead><tr><th scope="col">Word</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
-        f"{chart('Mean share of attention of each word by step', curves, 'step', 'share of attention')}</section>"
+        f"<p>The mean share of {whose} by step:</p>"
+        f"{chart(f'Mean share of attention of {whose} by step', curves, 'step', 'share of attention')}</section>"
     )
 
 
