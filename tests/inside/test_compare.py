@@ -122,6 +122,17 @@ def test_forward_noise_is_the_closed_form_and_the_ideal_denoiser_errs_as_much_as
         next(forward(Pipeline(replace(ideal.model, encode_picture=None)), request, pixels))
 
 
+def test_what_is_seen_in_forward_noise_is_of_that_picture_alone(tiny: Model) -> None:
+    pipe, red, mask = Pipeline(tiny), Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), "white")
+    mask.paste(0, (0, 0, 16, 8))
+    whole = Request.from_dict({"prompt": WORDS, "seed": 1, "steps": 2, "init": red, "strength": 1.0})
+    part = Request.from_dict({**whole.to_dict(), "init": red, "mask": mask})
+    blue = np.full((16, 16, 3), (0, 0, 255), np.uint8)
+    for one, other in zip(forward(pipe, part, blue), forward(pipe, whole, blue), strict=True):
+        assert np.array_equal(one.predicted, other.predicted), "nothing of the picture that the request keeps"
+        assert one.error == other.error
+
+
 def test_a_schedules_curve_and_the_levels_on_it(tiny: Model) -> None:
     request = Request(WORDS, steps=4, seed=0)
     path = Pipeline(tiny).path(request)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,8 @@ class Noised:
 def forward(pipe: Pipeline, request: Request, pixels: Pixels) -> Iterator[Noised]:
     """Noise a picture as training does, x_t = α·x0 + σ·ε, at each level of a request, and let the network split it.
 
+    The network sees all of it: where the request repaints a part alone, nothing of what it keeps is laid over.
+
     Args:
         pixels: uint8 (H, W, 3), of the request's size.
     """
@@ -151,7 +153,7 @@ def forward(pipe: Pipeline, request: Request, pixels: Pixels) -> Iterator[Noised
     if pixels.shape != (*request.size[::-1], 3):
         raise BadRequest(f"the picture has {pixels.shape[1]}x{pixels.shape[0]} pixels: give it the request's size")
     x0, path = pipe.latents([pixels]), pipe.path(request)
-    denoise, eps = pipe.denoiser(request), pipe.initial_noise(request)
+    denoise, eps = pipe.denoiser(replace(request, mask=None, outpaint=None)), pipe.initial_noise(request)
     for level in reversed(path[:-1]):
         x = q_sample(x0, eps, level)
         out = denoise(x, level)
