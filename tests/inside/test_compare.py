@@ -135,10 +135,10 @@ def test_what_is_seen_in_forward_noise_is_of_that_picture_alone(tiny: Model) -> 
 
 def test_a_schedules_curve_and_the_levels_on_it(tiny: Model) -> None:
     request = Request(WORDS, steps=4, seed=0)
-    path = Pipeline(tiny).path(request)
-    drawn = curve(tiny.schedule, path)
-    told = drawn.to_dict()
+    told = curve(Pipeline(tiny), request).to_dict()
     assert told["visited"][-1]["log_snr"] is None, "infinite, which JSON cannot say"
     np.testing.assert_allclose(np.add(told["alpha"], told["sigma"]), 1)
     assert (np.diff(told["t"]) > 0).all()
     assert len(told["visited"]) == 5
+    larger = curve(Pipeline(tiny), replace(request, hires=2.0))
+    assert len(larger.visited) == 5 + 3, "both rounds, half the steps in the second"

@@ -99,6 +99,7 @@ def test_the_page_tells_what_was_asked_for_zeros_too_and_nothing_else(tiny: Mode
         (["one.png", "--out", "x.txt"], 2, "must end in .html"),
         (["one.png", "--steps", "0"], 2, "from 1 to 500"),
         (["one.png", "--noise", "notes.html"], 2, "not a picture but an SVG drawing"),
+        (["one.png", "--noise", "long.png"], 2, "100×2 is too long and narrow"),
         (["plain.png"], 4, "no request inside"),
     ],
 )
@@ -113,6 +114,7 @@ def test_bad_input_gets_one_line(
             == 0
         )
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    Image.new("RGB", (100, 2)).save(tmp_path / "long.png")
     (tmp_path / "notes.html").write_text("<svg/>")
     capfd.readouterr()
     paths = [str(tmp_path / a) if "." in a else a for a in arguments]

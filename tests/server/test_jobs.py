@@ -136,6 +136,17 @@ def test_what_is_no_picture_is_refused_in_words_of_the_api(shared: Server) -> No
     assert (answer.status_code, answer.json()["error"]["message"]) == (422, "steps must be whole numbers")
 
 
+def test_a_picture_goes_into_the_noise_at_its_own_size(shared: Server) -> None:
+    """Its file is drawn larger than it is; so it is noised as its own pixels are that are sent again."""
+    picture = f"{shared.ended(shared.submit(steps=1)['id'])['id']}-0"
+    own = shared.http.get(f"/pictures/{picture}.png", params={"scale": 1}).content
+    upload = shared.http.post("/uploads", content=own, headers={"content-type": "image/png"}).json()["id"]
+    asked = ({"picture": picture}, {"picture": picture, "upload": upload})
+    kept, sent = (shared.http.post("/inside/forward", json=one).text for one in asked)
+    assert kept.count("noised") == 1
+    assert kept == sent
+
+
 def test_an_answer_may_wait_for_the_end(shared: Server) -> None:
     def wait(id: str, seconds: Any) -> httpx.Response:
         return shared.http.get(f"/jobs/{id}", params={"wait": seconds})

@@ -6,13 +6,14 @@ Each takes a pipeline and arguments: ``request`` as JSON, and what the function 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from sfumato.decode import PictureError, decode, fit
+from sfumato.errors import BadRequest
 from sfumato.inside import compare
 from sfumato.inside import path as paths
 from sfumato.inside.record import Json
@@ -53,20 +54,22 @@ def samplers(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
 def forward(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
     """The schedule, and ``source``, a PNG as base64, under the noise of each level."""
     request = _request(pipe, arguments)
-    visited = pipe.paths(request)
-    drawn = paths.curve(pipe.model.schedule, [level for one in visited for level in one])
-    yield {"kind": "start", "schedule": drawn.to_dict(), "levels": len(visited[0]) - 1}, b""
-    with Image.open(io.BytesIO(base64.b64decode(arguments["source"])), formats=["PNG"]) as image:
-        pixels = fitted(image, request)
-    for noised in paths.forward(pipe, request, pixels):
+    yield (
+        {"kind": "start", "schedule": paths.curve(pipe, request).to_dict(), "levels": len(pipe.path(request)) - 1},
+        b"",
+    )
+    source = fitted(decode(base64.b64decode(arguments["source"])), request)
+    for noised in paths.forward(pipe, request, source):
         yield {"kind": "noised", **noised.to_dict()}, b""
 
 
 def fitted(image: Image.Image, request: Request) -> Pixels:
-    """A picture cropped to the proportions of a resolved request, at its size, on white: uint8 (H, W, 3)."""
-    page = Image.new("RGBA", image.size, "white")
-    page.alpha_composite(image.convert("RGBA"))
-    return np.asarray(ImageOps.fit(page.convert("RGB"), request.size, Image.Resampling.LANCZOS)).copy()
+    """An RGB picture cropped to the proportions of a resolved request, at its size: uint8 (H, W, 3)."""
+    width, height = request.size
+    try:
+        return np.asarray(fit(image, (height, width), "center"))
+    except PictureError as e:
+        raise BadRequest(f"the picture to send into the noise: {e}") from None
 
 
 def _request(pipe: Pipeline, arguments: dict[str, Any]) -> Request:

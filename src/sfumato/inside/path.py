@@ -6,7 +6,7 @@ x_p ─ denoise ─► (x0, ε) ─ mix at q ─► x_q          one frame: leve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.diffusion.level import NoiseLevel, q_sample
-from sfumato.diffusion.schedules import Schedule
 from sfumato.errors import BadRequest
 from sfumato.inside.attention import Maps, maps, watch
 from sfumato.inside.record import Json, data_url, level_dict, number
@@ -112,9 +111,11 @@ class Curve:
         }
 
 
-def curve(schedule: Schedule, visited: Sequence[NoiseLevel]) -> Curve:
-    """Sample a schedule evenly in time, from its cleanest to its noisiest."""
+def curve(pipe: Pipeline, request: Request) -> Curve:
+    """Sample the model's schedule evenly in time, from its cleanest to its noisiest, and tell a request's levels."""
+    schedule = pipe.model.schedule
     times = np.linspace(schedule.t_min, schedule.t_max, POINTS)
+    visited = (level for path in pipe.paths(request) for level in path)
     return Curve(tuple(schedule(float(t)) for t in times), tuple(visited))
 
 

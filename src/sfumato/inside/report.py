@@ -61,7 +61,7 @@ def report(
     swept = [] if pipe.model.distilled else _found(compare.guidance(pipe, request, weights), "guidance", tell)
     exact, *runs = _found(compare.samplers(pipe, request, samplers, steps), "samplers", tell)
     noised = list(path.forward(pipe, request, source)) if pipe.model.encode_picture is not None else []
-    drawn = path.curve(pipe.model.schedule, [level for one in pipe.paths(request) for level in one])
+    drawn = path.curve(pipe, request)
     assert isinstance(exact, compare.Solution)
     body = "".join(
         [

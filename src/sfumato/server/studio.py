@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from sfumato.errors import SfumatoError
+from sfumato.pipeline.picture import read
 from sfumato.pixels import digest
 from sfumato.server.answers import as_api_error, read_json
 from sfumato.server.context import Context
@@ -80,7 +81,7 @@ def _arguments(context: Context, kind: str, asked: dict[str, Any]) -> tuple[dict
     if kind == "path":
         arguments["pixels"] = _digest(path)
     if kind == "forward":
-        arguments["source"] = base64.b64encode(_source(context, path, asked.get("upload")).read_bytes()).decode()
+        arguments["source"] = base64.b64encode(_source(context, path, asked.get("upload"))).decode()
     if kind == "guidance":
         arguments["weights"] = _numbers("weights", asked.get("weights"), 0, 100)
     if kind == "samplers":
@@ -101,15 +102,14 @@ def _request(context: Context, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    from sfumato.pipeline.picture import read
-
     return digest(read(path).picture.pixels)
 
 
-def _source(context: Context, picture: Path, upload: Any) -> Path:
+def _source(context: Context, picture: Path, upload: Any) -> bytes:
+    """The picture to be noised as a PNG: an upload, or the one that is looked at, at its own size."""
     if upload is None:
-        return picture
-    return context.uploads.path(upload) or fail(404, "there is no such upload")
+        return read(picture).picture.encode()
+    return (context.uploads.path(upload) or fail(404, "there is no such upload")).read_bytes()
 
 
 def _numbers(what: str, values: Any, low: float, high: float) -> list[float] | None:
