@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sfumato.cli import main
 from sfumato.cli.flags import GROUPS, add_request_flags, request_of
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.picture import Picture
+from sfumato.pipeline.pipeline import load
 from sfumato.pipeline.request import Request
 
 COMMAND = [sys.executable, "-m", "sfumato"]
@@ -219,6 +220,21 @@ def test_info_prints_nothing_that_a_terminal_obeys(run: Run, tmp_path: Path) -> 
     assert "\x1b" not in out
 
 
+def test_info_shows_what_is_deep_inside(run: Run, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    config = {"depth": 12}
+    for _ in range(12):
+        config = {"in": config}  # type: ignore[assignment]
+    save_file(
+        {"a": torch.ones(1)}, tmp_path / "m.safetensors", {"sfumato-1": json.dumps({"card": {}, "config": config})}
+    )
+    code, out, err = run("info", "m.safetensors")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].split() == ["depth", "12"]
+
+
 def test_samplers_are_listed(run: Run) -> None:
     from sfumato.diffusion import GUIDANCE, SAMPLERS, SPACINGS
 
@@ -322,6 +338,29 @@ def test_a_replay_finds_the_right_one_of_two_files_of_a_name(run: Run, tiny_file
     assert run(*words, "--out", "results/a.png")[0] == 0
     photo("me.png", 16, 16, seed=2)  # another one now
     assert run("replay", "results/a.png", "--model", tiny_file)[0] == 0
+
+
+def test_a_replay_tells_of_a_picture_whose_name_no_system_takes(run: Run, tiny_file: Path) -> None:
+    init = PictureFile.of("init", photo("me.png"))
+    made = load(tiny_file).generate("fox", seed=1, steps=1, init=replace(init, name="x" * 3000))
+    made[0].save("a.png")
+    code, _, err = run("replay", "a.png", "--model", tiny_file)
+    assert code == 2
+    assert "say where it lies with --init" in err
+
+
+def test_files_that_could_not_be_read_again_are_refused_before_they_are_drawn(run: Run, tiny_file: Path) -> None:
+    more = ("--model", tiny_file, "--size", "64x64", "--steps", 1, "--seed", 1)
+    assert run("generate", "fox", *more, "--upscale", 4, "--out", "a.png")[0] == 0
+    for command in (
+        ("interpolate", "fox", "--prompt-to", "house", "--upscale", 4, "--scale", 64, *more),
+        ("generate", "fox", "-n", 9, "--trajectory", "a.gif", "--scale", 64, *more),  # 3 × 3 of 4096²
+        ("replay", "a.png", "--model", tiny_file, "--scale", 64),
+    ):
+        code, _, err = run(*command)
+        assert code == 2
+        assert "read again" in err
+    assert [p.name for p in Path().iterdir()] == ["a.png"]
 
 
 def test_pictures_that_were_done_are_there_when_a_later_one_fails(

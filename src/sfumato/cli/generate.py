@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     warn(request, pipe)
     from sfumato.pipeline.picture import check_readable, grid
 
-    check_readable(request, pipe.model.multiple, scale=scale, together=args.grid)
+    check_readable(request, pipe.model.multiple, scale=scale, together=args.grid or film is not None)
     paths: list[Path] = []
 
     def ready(picture: Picture) -> None:  # each is written when it is ready: an interrupted run loses none

@@ -106,4 +106,4 @@ def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
             print(indent + printable(str(key)))
             _print_facts(value, indent + "  ")
         elif value not in (None, "", {}):
-            print(indent + printable(f"{key:<{18 - len(indent)}} {value}"))
+            print(indent + printable(f"{key:<{max(1, 18 - len(indent))}} {value}"))

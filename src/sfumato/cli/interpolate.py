@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> int:
     pipe = load_pipeline(args)
     request = request.resolve(pipe.model)
     warn(request, pipe)
+    from sfumato.pipeline.picture import check_readable
+
+    check_readable(request, pipe.model.multiple, scale=scale)
     pictures, paths = [], []
     for i in range(frames):  # each is written when it is ready: an interrupted run loses none
         pictures += draw(pipe, replace(request, mix=i / (frames - 1)))[0]

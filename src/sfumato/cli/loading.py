@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def _picture_again(
     known = Path(picture.name)
     inside = not known.is_absolute() and ".." not in known.parts and picture.name != ""
     places = [known, Path(args.picture).parent / known.name] if inside else []
-    here = [PictureFile.open(name, place) for place in places if place.is_file()]
+    here = [PictureFile.open(name, place) for place in places if os.path.isfile(place)]  # a name may be too long
     for found in here:
         if found == picture or found is here[-1]:
             return picture.with_data(name, found)  # raises what is wrong with the last

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
     import numpy as np
 
-    from sfumato.pipeline.picture import enlarge, grid, read
+    from sfumato.pipeline.picture import check_readable, enlarge, grid, read
 
     stored = read(args.picture)
     old = stored.picture
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
         raise BadRequest(f"--critic chooses among several pictures, and {args.picture} was the only one: leave it out")
     pipe, request = load_recorded(args, old)
     request = request.resolve(pipe.model)
+    check_readable(request, pipe.model.multiple, scale=scale, together=True)
     pictures, _ = draw(pipe, request)
     new = pictures[0] if request.n == 1 else grid(pictures, request)
     same = np.array_equal(enlarge(new.pixels, stored.scale), stored.pixels)

@@ -206,7 +206,7 @@ def check_readable(request: Request, unit: int, *, scale: int | None = None, tog
     if width * height * factor**2 > MAX_PIXELS:
         raise BadRequest(
             f"the file would have {width * factor}x{height * factor} pixels, and {MAX_PIXELS} are the most that can be "
-            "read again: fewer pictures in a grid, a smaller scale, or less upscale"
+            "read again: fewer pictures in a grid or film, a smaller scale, or less upscale"
         )
 
 
