@@ -326,6 +326,13 @@ def test_the_size_follows_from_the_picture(given: tuple[int, int], made: tuple[i
     assert Request("a", init=png(*given), width=16, height=18).resolve(tiny).size == (16, 18)  # type: ignore[arg-type]
 
 
+def test_the_size_from_a_picture_is_one_that_the_model_makes(tiny: Model) -> None:
+    """Of a model that makes no more than its own number of pixels: both sides are not rounded up beyond it."""
+    least = replace(tiny, max_pixels=16 * 16)
+    request = Request.from_dict({"prompt": "a", "init": png(150, 170)}).resolve(least)
+    assert request.size == (14, 16)
+
+
 def test_a_model_without_an_encoder_says_so(tiny: Model) -> None:
     blind = replace(tiny, encode_picture=None)
     for settings in ({"init": png()}, {"hires": 2}):

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.diffusion.level import float64
+
 
 def lerp(a: Any, b: Any, w: float) -> Any:
     """The straight line from a (w = 0) to b (w = 1)."""
@@ -29,7 +31,7 @@ def slerp(a: Any, b: Any, w: float, batch_dims: int = 1) -> Any:
     Vectors that are nearly parallel or opposite, where the arc is not defined, are mixed in a straight line.
     """
     axes = tuple(range(batch_dims, len(a.shape)))
-    u, v = _float64(a), _float64(b)
+    u, v = float64(a), float64(b)
     dot, length = (
         (u * v).sum(axes, keepdims=True),
         ((u * u).sum(axes, keepdims=True) * (v * v).sum(axes, keepdims=True)),
@@ -41,10 +43,6 @@ def slerp(a: Any, b: Any, w: float, batch_dims: int = 1) -> Any:
     keep = np.where(straight, 1 - w, np.sin((1 - w) * theta) / sin)
     take = np.where(straight, w, np.sin(w * theta) / sin)
     return _like(a, keep) * a + _like(a, take) * b
-
-
-def _float64(x: Any) -> Any:
-    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=np.float64)
 
 
 def _like(x: Any, values: Any) -> Any:

@@ -48,6 +48,11 @@ def log(x: Scalar) -> Scalar:
         return np.log(x)
 
 
+def float64(x: Scalar) -> Any:
+    """A float, NumPy array or torch tensor as a NumPy array of float64."""
+    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=np.float64)
+
+
 class NoiseLevel(NamedTuple):
     """The coefficients of x = alpha · x0 + sigma · eps at time ``t`` of a schedule.
 

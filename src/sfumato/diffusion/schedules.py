@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.diffusion.level import NoiseLevel, Scalar
+from sfumato.diffusion.level import NoiseLevel, Scalar, float64
 from sfumato.errors import BadRequest
 
 Floats = NDArray[np.float64]
@@ -61,10 +61,6 @@ class Schedule(Protocol):
 
 def _interp(x: Any, xs: Any, ys: Any) -> Floats:
     return np.asarray(np.interp(x, xs, ys), dtype=np.float64)
-
-
-def _float64(t: Scalar) -> Any:
-    return np.asarray(t.detach().cpu() if hasattr(t, "detach") else t, dtype=np.float64)
 
 
 def _like(t: Scalar, values: Any) -> Scalar:
@@ -108,7 +104,7 @@ class Discrete:
 
     def __call__(self, t: Scalar) -> NoiseLevel:
         """The level at index t, with fractions; below 0 it is clean."""
-        u, ratio = _float64(t), self._log_ratio
+        u, ratio = float64(t), self._log_ratio
         if math.isinf(ratio[-1]):  # zero terminal SNR: the last interval bridges to infinity by angle
             angle = np.arctan(np.exp(_interp(u, np.arange(self.steps - 1), ratio[:-1])))
             last = _interp(u, [self.t_max - 1, self.t_max], [math.atan(math.exp(ratio[-2])), math.pi / 2])
@@ -149,7 +145,7 @@ class Flow:
 
     def __call__(self, t: Scalar) -> NoiseLevel:
         """The level (1 − t, t)."""
-        u = _float64(t)
+        u = float64(t)
         return NoiseLevel(t, _like(t, 1 - u), _like(t, u))
 
     def at_log_snr(self, log_snr: float) -> NoiseLevel:
@@ -183,7 +179,7 @@ class Exploding:
 
     def __call__(self, t: Scalar) -> NoiseLevel:
         """The level (1, t)."""
-        u = _float64(t)
+        u = float64(t)
         return NoiseLevel(t, _like(t, np.ones_like(u)), _like(t, u))
 
     def at_log_snr(self, log_snr: float) -> NoiseLevel:

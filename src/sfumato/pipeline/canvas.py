@@ -63,8 +63,9 @@ def size_for(init: PictureFile, margins: tuple[int, int, int, int], model: Model
     if own / KEPT <= w * h <= min(own * KEPT, model.max_pixels) and min(w, h) >= unit:
         sides = [side // unit * unit for side in (w, h)]
     else:
-        scale = math.sqrt(own / (w * h))
-        sides = [max(1, round(side * scale / unit)) * unit for side in (w, h)]
+        scale = math.sqrt(own / (w * h)) / unit
+        near, below = ([max(1, whole(side * scale)) * unit for side in (w, h)] for whole in (round, int))
+        sides = near if math.prod(near) <= model.max_pixels else below
     left, top, right, bottom = margins
     return sides[0] + left + right, sides[1] + top + bottom
 
@@ -120,11 +121,8 @@ def canvas_of(request: Request, model: Model) -> Canvas | None:
         mask = np.pad(inner, around, constant_values=1.0)
     if mask is not None and not mask.any():  # its white was cut off with what sticks out
         raise BadRequest(BLACK, "mask")
-    told = list(request.init.told("init"))
-    if image.size != size:
-        cut = _only_cut(image.size, size, model.multiple)
-        told.append(f"{image.width}x{image.height} {'cut' if cut else 'brought'} to {size[0]}x{size[1]}")
-    return Canvas(pixels, mask, tuple(told))
+    told = (*request.init.told("init"), *covering(image.size, size, model.multiple))
+    return Canvas(pixels, mask, told)
 
 
 def cover(image: Image.Image, size: tuple[int, int], unit: int = 1) -> Image.Image:
@@ -139,6 +137,12 @@ def cover(image: Image.Image, size: tuple[int, int], unit: int = 1) -> Image.Ima
         image = image.resize(larger, Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS)
     left, top = (image.width - w) // 2, (image.height - h) // 2
     return image.crop((left, top, left + w, top + h))
+
+
+def covering(given: tuple[int, int], size: tuple[int, int], unit: int = 1) -> list[str]:
+    """What ``cover`` does to a picture of a given size, for its owner to read; nothing if it has the size."""
+    done = "cut" if _only_cut(given, size, unit) else "brought"
+    return [] if given == size else [f"{given[0]}x{given[1]} {done} to {size[0]}x{size[1]}"]
 
 
 def _only_cut(given: tuple[int, int], size: tuple[int, int], unit: int) -> bool:

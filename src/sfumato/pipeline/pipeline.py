@@ -42,7 +42,7 @@ from sfumato.families.additions import Lora
 from sfumato.families.common import Way
 from sfumato.families.model import Conditioning, Model
 from sfumato.networks.stored import in_dtype
-from sfumato.pipeline.canvas import MASKS_GROUND, Canvas, canvas_of, cover, upright
+from sfumato.pipeline.canvas import MASKS_GROUND, Canvas, canvas_of, cover, covering, upright
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.noise import FreshNoise, normal, start
 from sfumato.pipeline.picture import Picture
@@ -414,9 +414,8 @@ class Pipeline:
         for name in GUIDES:
             for picture in each(getattr(request, name)):
                 changes = list(picture.told(name))
-                size = picture.image(name).size
-                if self.model.guides[name].sized and size != request.size:
-                    changes.append("{}x{} brought to {}x{}".format(*size, *request.size))
+                if self.model.guides[name].sized:
+                    changes += covering(picture.image(name).size, request.size)
                 given.append((name, picture, changes))
         told += [f"{PurePath(p.name).name or what}: {', '.join(changes)}" for what, p, changes in given if changes]
         return tuple(told)
