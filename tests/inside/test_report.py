@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from sfumato.families.model import Model
 from sfumato.inside.plot import BOTTOM, H, Series, axis, chart
 from sfumato.inside.report import lit, report
 from sfumato.pipeline.inputs import PictureFile
-from sfumato.pipeline.pipeline import Pipeline
+from sfumato.pipeline.pipeline import Pipeline, load
 
 PROMPT = '<script>alert(1)</script> a "red" apple & onerror='
 
@@ -122,6 +125,20 @@ def test_bad_input_gets_one_line(
     error = capfd.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_what_stops_an_explanation_is_told_on_a_line_of_its_own(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any, tell: Callable[[str, int, int], None], **__: Any) -> str:
+        tell("its path", 3, 50)
+        raise MemoryError
+
+    load(tiny_file).generate("apple", seed=1, steps=1)[0].save(tmp_path / "a.png")
+    monkeypatch.setattr("sfumato.inside.report.report", stopped)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["explain", str(tmp_path / "a.png"), "--model", str(tiny_file)]) == 5
+    assert capsys.readouterr().err.endswith("its path: 3 of 50 steps\r\033[Ksfumato: out of memory\n")
 
 
 def test_a_picture_is_lit_where_the_map_is_bright() -> None:

@@ -52,9 +52,11 @@ def main(argv: Sequence[str]) -> int:
     picture = replace(stored.picture, request=request)
     pixels = fitted(source or picture.image, request.resolve(pipe.model))  # it may have been enlarged at the end
     more: dict[str, Any] = {} if steps is None else {"steps": steps}
-    page = report(pipe, picture, pixels, tell=_tell, **more)
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\033[K")
+    try:
+        page = report(pipe, picture, pixels, tell=_tell, **more)
+    finally:  # what went wrong is told on a line of its own
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\033[K")
     target.write_bytes(page.encode())
     print(printable(str(target.path())))
     return 0
