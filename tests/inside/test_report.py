@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,24 @@ def test_charts_place_values_on_their_axes() -> None:
     assert np.diff(names).tolist() == [15] * 5, "each below the other"
     assert names[-1] == H - BOTTOM + 4, "and none below the axis"
     assert chart("nothing", [Series("s", [])], "x", "y") == ""
+
+
+def test_names_in_charts_can_be_read_on_either_ground() -> None:
+    """A contrast of 4.5 (WCAG 2.2, 1.4.3), in the report and in the studio."""
+
+    def luminance(colour: str) -> float:
+        values = [b / 255 for b in bytes.fromhex(colour)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+    page = (files("sfumato.inside") / "report.css").read_text()
+    studio = (files("sfumato.server") / "static" / "studio.css").read_text()
+    grounds = [re.findall(r"--ground: ?#(\w{6})", css) for css in (page, studio)]  # light, dark
+    hues = [re.findall(rf"--{name}:#(\w{{6}})", page) for name in "abcdef"]
+    first = re.findall(r"--accent: #(\w{6})", studio)
+    others = [re.findall(rf"\.s{i} {{ --hue: #(\w{{6}})", studio) for i in range(1, 6)]
+    for ground, of in zip(grounds, (hues, [first, *others]), strict=True):
+        for pair in of:
+            for back, hue in zip(ground, pair, strict=True):
+                light, dark = sorted((luminance(back), luminance(hue)), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) > 4.5, f"{hue} on {back}"
