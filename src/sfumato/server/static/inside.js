@@ -6,38 +6,41 @@ import { $, fill, h, round, short } from "./dom.js";
 import { thumbs } from "./gallery.js";
 
 let running = new Set(); // of AbortControllers
+let visit = 0; // what an earlier one still waits for is not shown, and computes nothing
 
 export function stop() {
+  visit++;
   for (const r of running) r.abort();
   running = new Set();
 }
 
 export async function choose() {
   stop();
-  const view = $("view-inside");
+  const mine = visit, view = $("view-inside");
   const head = [h("h1", { id: "inside-head" }, "Look inside"),
     h("p", { class: "soft" }, "For any picture: its path out of the noise, where each word looked, what guidance and samplers do to it, and the schedule it followed.")];
   fill(view, h("div", { class: "stack" }, head));
   try {
     const { pictures } = await get("/pictures?limit=40");
-    fill(view, h("div", { class: "stack" }, head), pictures.length
+    if (mine === visit) fill(view, h("div", { class: "stack" }, head), pictures.length
       ? h("div", { class: "stack" }, h("h2", {}, "Which picture?"), h("div", { class: "gallery" }, thumbs(pictures, (p) => (location.hash = `#/inside/${p.id}`))))
       : h("div", { class: "empty" }, h("h2", {}, "No picture yet"), h("p", { class: "soft" }, "Make one first; everything here is computed from it."), h("a", { class: "button", href: "#/" }, "To the studio")));
   } catch (e) {
-    view.append(h("p", { class: "bad" }, e.message));
+    if (mine === visit) view.append(h("p", { class: "bad" }, e.message));
   }
 }
 
 export async function show(id) {
   stop();
-  const view = $("view-inside");
+  const mine = visit, view = $("view-inside");
   fill(view, h("h1", { id: "inside-head" }, "Look inside"), h("p", { class: "soft", role: "status" }, "Loading the picture"));
   let picture;
   try {
     picture = await get(`/pictures/${encodeURIComponent(id)}`);
   } catch (e) {
-    return fill(view, h("h1", { id: "inside-head" }, "Look inside"), h("p", { class: "bad" }, e.message), h("a", { href: "#/inside" }, "Choose another"));
+    return mine === visit && fill(view, h("h1", { id: "inside-head" }, "Look inside"), h("p", { class: "bad" }, e.message), h("a", { href: "#/inside" }, "Choose another"));
   }
+  if (mine !== visit) return;
   const crisp = picture.width <= 64 ? "crisp" : "";
   fill(view,
     h("div", { class: "stack" },
@@ -188,16 +191,19 @@ function pathView(out, start, frames, crisp) {
   }
   function drawCurves() {
     const with_ = frames.map((f, i) => [i, f.attention]).filter(([, a]) => a);
+    const named = start.words.slice(0, 6), whose = named.length === start.words.length ? "each word" : `the first ${named.length} words`;
     fill(curves, h("figure", {}, chart({
-      label: "Mean share of attention of each word by step", x: "step", y: "share of attention to words",
-      series: start.words.slice(0, 6).map((name, k) => ({ name: short(name, 14), points: with_.map(([i, a]) => [i, a.mean[k]]) })),
-    }), h("figcaption", {}, "How much each word was looked at, step by step")));
+      label: `Mean share of attention of ${whose} by step`, x: "step", y: "share of attention to words",
+      series: named.map((name, k) => ({ name: short(name, 14), points: with_.map(([i, a]) => [i, a.mean[k]]) })),
+    }), h("figcaption", {}, `The mean share of ${whose}, step by step`)));
   }
   return { grow, finish };
 }
 
 async function lightUp(canvas, under, map, crisp) {
+  const mine = (canvas.drawing = {});
   const [picture, mask] = await Promise.all([under, map].map(load));
+  if (canvas.drawing !== mine) return; // another step or word was asked for meanwhile
   canvas.width = 384;
   canvas.height = Math.round((384 * picture.height) / picture.width);
   const c = canvas.getContext("2d");
@@ -295,7 +301,7 @@ function forwardPart(picture, crisp) {
       const frames = [];
       const noisy = image("", "The picture with noise", crisp), seen = image("", "What the network sees in it", crisp), note = h("output", { for: "forward-step", class: "small number" });
       const slider = h("input", { type: "range", id: "forward-step", min: 0, max: 0, value: 0, oninput: draw }), plots = h("div", { class: "duo" }), two = h("div");
-      let curve;
+      let curve, levels;
       function draw() {
         const f = frames[slider.value];
         noisy.src = f.noisy;
@@ -307,10 +313,10 @@ function forwardPart(picture, crisp) {
             { name: "", only: true, index: 5, points: curve.visited.map((l) => [l.t, l.sigma]) }] }), h("figcaption", {}, "The schedule; dots are the levels that were visited")), two);
       }
       for await (const e of lines("/inside/forward", { picture: picture.id, ...source }, signal)) {
-        if (e.kind === "start") { curve = e.schedule; progress(0, e.levels); }
+        if (e.kind === "start") { curve = e.schedule; levels = e.levels; progress(0, levels); }
         if (e.kind !== "noised") continue;
         const i = frames.push(e) - 1;
-        progress(frames.length, curve.visited.length - 1);
+        progress(frames.length, levels);
         if (i === 0) fill(out, h("div", { class: "scrub" }, h("label", { for: "forward-step" }, "Noise"), slider),
           h("div", { class: "duo" }, h("figure", {}, noisy, h("figcaption", {}, "The picture with noise. ", note)), h("figure", {}, seen, h("figcaption", {}, "What the network sees in it"))), plots);
         slider.max = i;
