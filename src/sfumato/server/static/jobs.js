@@ -80,13 +80,17 @@ export function watch(job) {
   };
 }
 
+// The stream of events was refused: ask for the job itself, and try again.
 async function ask(id) {
+  const still = () => watched?.job.id === id;
   try {
     const job = await get(`/jobs/${id}`);
-    if (ENDED.includes(job.state)) end(job);
+    if (still() && ENDED.includes(job.state)) return end(job);
   } catch (e) {
-    $("status").textContent = e.message;
+    if (still()) $("status").textContent = e.message;
+    if (e.status === 404) return;
   }
+  setTimeout(() => still() && watch(watched.job), 2000);
 }
 
 function layOut(request) {
@@ -161,17 +165,17 @@ export async function runStrip(requests, labels, title) {
   $("status").textContent = `0 of ${requests.length}`;
   const own = { jobs: [], done: 0 };
   strip = own;
+  let failed = "";
   try {
     for (const r of requests) own.jobs.push((await post("/jobs", r)).id);
   } catch (e) {
-    toast(e.message);
+    failed = e.message;
   }
   refresh();
-  let failed = "";
   const open = new Set(own.jobs);
   while (open.size && strip === own) {
     for (const id of [...open]) {
-      const job = await get(`/jobs/${id}`).catch(() => null);
+      const job = await get(`/jobs/${id}`).catch((e) => (e.status === 404 ? { state: "failed", error: e } : null));
       if (!job || !ENDED.includes(job.state)) continue;
       open.delete(id);
       own.done += 1;
@@ -181,7 +185,7 @@ export async function runStrip(requests, labels, title) {
         const image = h("img", { src: p.url, alt: `${labels[i]}: ${job.request.prompt}`, class: small(job.request) ? "crisp" : "" });
         tiles[i].replaceWith(h("button", { type: "button", class: "tile", onclick: () => listeners.open(p.id) }, image, h("span", { class: "tag number" }, labels[i])));
         listeners.done(job);
-      } else if (job.state === "failed") failed = job.error?.message ?? "one failed";
+      } else failed ||= job.state === "failed" ? (job.error?.message ?? "One failed.") : "Cancelled.";
     }
     if (strip === own) {
       $("bar").value = own.done;
@@ -190,9 +194,11 @@ export async function runStrip(requests, labels, title) {
     }
   }
   if (strip === own) {
+    strip = null;
     $("progress").hidden = true;
     $("live").textContent = failed || "The strip is done.";
     if (failed) toast(failed);
+    refresh();
   }
 }
 
