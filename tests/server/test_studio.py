@@ -326,6 +326,36 @@ def test_what_another_model_made_is_told_and_zeros_are_shown(
     page.locator("#easel[data-state=done] button.tile").first.wait_for()
 
 
+def test_reused_settings_are_the_pictures_own(
+    open_page: Open, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Between the marks of a slider, too."""
+    pictures = next(tmp_path_factory.getbasetemp().glob("studio*/pictures"))
+    start = {"init": Image.new("RGB", (16, 16), "red"), "strength": 0.33}
+    load(tiny_file).generate("between marks", seed=78, steps=3, guidance=3.3, **start)[0].save(pictures / "marks.png")
+    page = open_page("/#/gallery", strict=False)  # the picture that it started from is not among the uploads
+    page.fill("#search", "between marks")
+    page.locator("#gallery-count", has_text="One picture").wait_for()
+    page.locator("#gallery .tile").first.click()
+    page.get_by_role("button", name="Reuse settings").click()
+    assert [page.locator(f"#{id}").input_value() for id in ("guidance", "strength")] == ["3.3", "0.33"]
+
+
+def test_who_leaves_before_a_picture_is_there_has_nothing_computed(open_page: Open, site: str) -> None:
+    page = open_page()
+    job = paint(page, "a red apple", n=1, steps=2)
+    held: list[Any] = []
+    page.route(f"**/pictures/{job}-0", lambda route: held.append(route))
+    page.goto(f"{site}/#/inside/{job}-0")
+    page.get_by_text("Loading the picture").wait_for()
+    page.goto(f"{site}/#/gallery")
+    page.locator("#gallery li").first.wait_for()
+    with page.expect_response(lambda r: r.url.endswith(f"/pictures/{job}-0")):
+        held[0].continue_()
+    page.evaluate("new Promise(requestAnimationFrame)")
+    assert page.locator("#path-out").count() == 0
+
+
 def test_look_inside(open_page: Open, site: str) -> None:
     page = open_page()
     paint(page, "a red apple", seed=31, n=1, steps=4)

@@ -44,7 +44,7 @@ function useDefaults() {
   const m = model();
   if (!m) return;
   const d = m.defaults;
-  $("steps").value = d.steps; $("guidance").value = d.guidance;
+  put("steps", d.steps); put("guidance", d.guidance);
   $("sampler").value = d.sampler; $("spacing").value = d.spacing;
   $("upscale").value = d.upscale;
   setSize(d.width * d.upscale, d.height * d.upscale);
@@ -54,8 +54,19 @@ function useDefaults() {
   fill($("styles"), styles.map((s) => h("option", { value: s })));
   $("choice").hidden = !m.has_critic;
   $("best_of").value = 1;
-  $("guidance").disabled = false;
   tell();
+}
+
+// Give a control a value as it is: a slider's ends and steps make room for it.
+function put(id, value) {
+  const control = $(id), step = { guidance: 0.5, strength: 0.05 }[id];
+  if (control.type === "range") {
+    if (value > Number(control.max)) control.max = value;
+    if (value < Number(control.min)) control.min = value;
+    const off = (value - control.min) / (step ?? 1);
+    control.step = Math.abs(off - Math.round(off)) > 1e-6 ? "any" : (step ?? 1);
+  }
+  control.value = value;
 }
 
 // Sizes are those of the picture that comes out; the network draws it `enlargement` times smaller.
@@ -98,7 +109,7 @@ export function request() {
     ...state.extras,
     prompt: style ? `${words}, ${style}` : words,
     negative: $("negative").value,
-    n: number("n"), best_of: number("best_of") ?? 1, steps: number("steps"), guidance: number("guidance"),
+    n: number("n") ?? 1, best_of: number("best_of") ?? 1, steps: number("steps"), guidance: number("guidance"),
     width: drawn("width"), height: drawn("height"), upscale: enlargement(), seed: number("seed"),
     sampler: $("sampler").value, spacing: $("spacing").value, model: $("model").value,
   };
@@ -118,13 +129,7 @@ export function use(r, modelName) {
     $("model").value = modelName;
     useDefaults();
   }
-  for (const key of PLAIN) if (r[key] != null) {
-    const control = $(key);
-    if (control.type === "range" && Number(r[key]) > Number(control.max)) control.max = r[key];
-    if (control.type === "range" && Number(r[key]) < Number(control.min)) control.min = r[key];
-    if (key === "guidance") control.step = "any";
-    control.value = r[key];
-  }
+  for (const key of [...PLAIN, "strength"]) if (r[key] != null) put(key, r[key]);
   const own = model().defaults.upscale, times = r.upscale ?? 1;
   $("upscale").value = r.upscale ?? own;
   if (r.width && r.height) setSize(r.width * times, r.height * times);
@@ -132,7 +137,6 @@ export function use(r, modelName) {
   $("seed").value = r.seed ?? "";
   $("style").value = "";
   $("negative").value = r.negative ?? "";
-  if (r.strength != null) $("strength").value = r.strength;
   state.extras = Object.fromEntries(Object.entries(r).filter(([k, v]) => !OWN.has(k) && k !== "model" && says(k, v)));
   showExtras();
   tell();

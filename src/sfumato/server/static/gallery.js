@@ -146,22 +146,22 @@ export async function compare(a, b) {
     return fill(view, h("h1", { id: "compare-head" }, "Side by side"), h("p", { class: "bad" }, e.message), h("a", { href: "#/gallery" }, "To the gallery"));
   }
   const [p, q] = pictures;
-  const crisp = p.width <= 64 ? "crisp" : "";
+  const crisp = (x) => (x.width <= 64 ? "crisp" : "");
   const wipe = h("div", { class: "wipe", vars: { "--at": "50%" } },
-    h("img", { src: p.url, alt: "", class: crisp }), h("img", { src: q.url, alt: "", class: `over ${crisp}` }), h("span", { class: "hair" }));
+    h("img", { src: p.url, alt: "", class: crisp(p) }), h("img", { src: q.url, alt: "", class: `over ${crisp(q)}` }), h("span", { class: "hair" }));
   const facts1 = new Map([["prompt", p.request.prompt], ...facts(p)]), facts2 = new Map([["prompt", q.request.prompt], ...facts(q)]);
   const keys = [...new Set([...facts1.keys(), ...facts2.keys()])];
   const rows = keys.filter((k) => facts1.get(k) !== facts2.get(k));
   const same = keys.filter((k) => facts1.get(k) === facts2.get(k));
   return fill(view,
     h("div", { class: "row spread" }, h("h1", { id: "compare-head" }, "Side by side"), h("a", { href: "#/gallery" }, "To the gallery")),
-    h("div", { class: "side" }, pictures.map((x) => h("figure", {}, h("img", { src: x.url, alt: x.request.prompt, class: crisp }), h("figcaption", {}, short(x.request.prompt, 90))))),
+    h("div", { class: "side" }, pictures.map((x) => h("figure", {}, h("img", { src: x.url, alt: x.request.prompt, class: crisp(x) }), h("figcaption", {}, short(x.request.prompt, 90))))),
     h("div", { class: "stack" }, h("h2", {}, "One over the other"), wipe,
       h("div", { class: "field under" }, h("label", { for: "wipe" }, "How much of the second covers the first"),
         h("input", { type: "range", id: "wipe", min: 0, max: 100, value: 50, oninput: (e) => wipe.style.setProperty("--at", `${100 - e.target.value}%`) }))),
     h("div", { class: "stack" }, h("h2", {}, rows.length ? "What differs" : "The same request"),
       h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "What differs" }, rows.length > 0 && h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Setting"), h("th", { scope: "col" }, "First"), h("th", { scope: "col" }, "Second"))),
         h("tbody", {}, rows.map((k) => h("tr", {}, h("th", { scope: "row" }, k), h("td", {}, facts1.get(k) ?? "–"), h("td", {}, facts2.get(k) ?? "–")))))),
-      h("p", { class: "soft small" }, `The same in both: ${same.join(", ")}.`),
+      same.length > 0 && h("p", { class: "soft small" }, `The same in both: ${same.join(", ")}.`),
       h("div", { class: "row" }, h("button", { type: "button", onclick: () => actions.interpolate(p, q) }, "Interpolate between them"))));
 }

@@ -95,6 +95,7 @@ const actions = {
   interpolate(a, b) {
     const [from, to] = [again(a), again(b)];
     if (from.width !== to.width || from.height !== to.height || a.model?.hash !== b.model?.hash) return toast("Only pictures of one size and one model have a way between them.");
+    if ([from, to].some((r) => r.variation_strength > 0 || r.prompt_to != null)) return toast("What is a mix of two noises or prompts itself has no way to another picture.");
     const same = from.prompt === to.prompt;
     const between = [1, 2, 3, 4, 5].map((k) => k / 6);
     const requests = [from, ...between.map((v) => ({ ...from, ...(!same && { prompt_to: to.prompt, mix: v }), ...(from.seed !== to.seed && { variation_seed: to.seed, variation_strength: v }) })), to];
@@ -189,9 +190,10 @@ async function begin() {
   jobs.setAgain((job) => paint({ ...again({ request: job.request, model: { name: job.model } }) }));
   jobs.setAfter((job) => {
     const [p] = job.pictures;
-    const times = job.request.upscale ?? 1;
+    const { hires, upscale } = job.request, unit = form.state.models.find((m) => m.name === job.model)?.multiple ?? 1;
+    const side = (drawn) => Math.round((drawn * (hires ?? 1)) / unit) * unit * (upscale ?? 1);
     const one = { seed: p.seed, variation_seed: p.variation_seed, n: 1, best_of: 1 }; // the chosen one, not the choice
-    const whole = { id: p.id, url: p.url, request: { ...job.request, ...one }, model: { name: job.model }, width: job.request.width * times, height: job.request.height * times };
+    const whole = { id: p.id, url: p.url, request: { ...job.request, ...one }, model: { name: job.model }, width: side(job.request.width), height: side(job.request.height) };
     return [
       h("a", { class: "button", href: `#/inside/${p.id}` }, "Look inside"),
       h("button", { type: "button", onclick: () => actions.vary(whole) }, "Variations"),
