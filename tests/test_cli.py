@@ -24,6 +24,7 @@ from PIL import Image
 
 from sfumato.cli import main
 from sfumato.cli.flags import GROUPS, add_request_flags, request_of
+from sfumato.families.additions import Ingredient
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import load
@@ -340,13 +341,18 @@ def test_a_replay_finds_the_right_one_of_two_files_of_a_name(run: Run, tiny_file
     assert run("replay", "results/a.png", "--model", tiny_file)[0] == 0
 
 
-def test_a_replay_tells_of_a_picture_whose_name_no_system_takes(run: Run, tiny_file: Path) -> None:
+def test_a_replay_tells_of_files_whose_names_no_system_takes(run: Run, tiny_file: Path) -> None:
     init = PictureFile.of("init", photo("me.png"))
     made = load(tiny_file).generate("fox", seed=1, steps=1, init=replace(init, name="x" * 3000))
     made[0].save("a.png")
     code, _, err = run("replay", "a.png", "--model", tiny_file)
     assert code == 2
     assert "say where it lies with --init" in err
+    lora = Ingredient("lora", "y" * 300, "0" * 64, 1.0)
+    replace(made[0], request=Request("fox", seed=1), ingredients=(lora,)).save("b.png")
+    code, _, err = run("replay", "b.png", "--model", tiny_file)
+    assert code == 3
+    assert "name it with --lora FILE" in err
 
 
 def test_files_that_could_not_be_read_again_are_refused_before_they_are_drawn(run: Run, tiny_file: Path) -> None:

@@ -103,11 +103,22 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_found(
     assert "exists already" in capsys.readouterr().err
 
 
+def test_all_captions_of_a_picture_are_shown(small: Path, pictures: Path, tmp_path: Path, capsys):
+    (pictures / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "red.png", "caption": ["a red square", "warm"]}) + "\n"
+    )
+    common = ["--model", str(small), "--cache", str(tmp_path / "cache"), "--json", "-k", "9"]
+    assert main(["search", str(pictures), "red", *common]) == 0
+    captions = {row["path"]: row["caption"] for row in json.loads(capsys.readouterr().out)}
+    assert captions["red.png"] == "a red square, warm"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["{pictures}", " "], 2, "words are empty"),
         (["{pictures}", "red", "-k", "0"], 2, "-k must be at least 1"),
+        (["{pictures}", "red", "--force"], 2, "leave it out, or add --sheet"),
         (["{pictures}", "red", "--sheet", "x.jpg"], 2, "must end in .png"),
         (["nowhere", "red"], 4, "no data at"),
         (["{empty}", "red"], 4, "no "),

@@ -128,6 +128,8 @@ def main(argv: list[str]) -> int:
         raise BadRequest("the words are empty: say what to look for")
     if problem := text_problem(args.words):
         raise BadRequest(f"WORDS {problem}")
+    if args.force and args.sheet is None:
+        raise BadRequest("--force replaces a sheet, and none is asked for: leave it out, or add --sheet FILE.png")
     sheet = None if args.sheet is None else Path(args.sheet)
     if sheet is not None:
         check_target(sheet, ".png", overwrite=args.force)
@@ -148,7 +150,7 @@ def main(argv: list[str]) -> int:
     if sheet is not None:
         make_folder(sheet.parent)
         write_atomically(sheet, _sheet(best))
-    rows = [{"path": r.name, "score": score, "caption": str(r.row.get("caption") or "")} for r, score in best]
+    rows = [{"path": r.name, "score": score, "caption": _caption(r)} for r, score in best]
     if args.json:
         import json
 
@@ -159,11 +161,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _caption(record: Record) -> str:
+    """A picture's words; of several captions, all."""
+    value = record.row.get("caption") or ""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _sheet(best: Sequence[tuple[Record, float]]) -> bytes:
     from sfumato.data.check import CELL, contact_sheet
     from sfumato.decode import decode, fit
 
     def label(record: Record, score: float) -> str:
-        return f"{score:+.2f} {record.row.get('caption') or record.name}"
+        return f"{score:+.2f} {_caption(record) or record.name}"
 
     return contact_sheet([(fit(decode(r.read()), CELL, "pad"), label(r, score)) for r, score in best])

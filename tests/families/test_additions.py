@@ -354,6 +354,7 @@ def test_the_command_adds_and_replays_by_content(folder: Path, tmp_path: Path, c
     assert "lora style.safetensors × 0.5" in said
     assert "--lora FILE" in said
     assert said.count("\n") == 1
+    assert main([*replayed, "--lora", f"{moved[0]}:0.3", "--embedding", f"x={moved[1]}"]) == 2, "a weight of its own"
     assert main([*replayed, "--lora", str(moved[0]), "--embedding", f"x={moved[1]}"]) == 0
     assert main(["replay", str(plain), "--model", str(folder), "--lora", str(moved[0])]) == 2
 

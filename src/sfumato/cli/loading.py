@@ -124,8 +124,9 @@ def _ingredients_again(ingredients: Sequence[Ingredient], args: argparse.Namespa
     places: list[tuple[Ingredient, Path]] = []
     for it in ingredients:
         for folder in beside:
-            if it.name == Path(it.name).name and (folder / it.name).exists() and folder / it.name not in hashes:
-                hashes[folder / it.name] = content_hash(folder / it.name)
+            place = folder / it.name
+            if it.name == Path(it.name).name and os.path.exists(place) and place not in hashes:  # or it is too long
+                hashes[place] = content_hash(place)
         found = next((path for path, hash in hashes.items() if hash == it.hash), None)
         if found is None:
             flag = {"lora": "--lora FILE", "embedding": f"--embedding {it.word}=FILE", "controlnet": "--control FILE"}
@@ -137,6 +138,9 @@ def _ingredients_again(ingredients: Sequence[Ingredient], args: argparse.Namespa
         places.append((it, found))
     if unused := [p for p in named if p not in dict(places).values()]:
         raise BadRequest(f"{args.picture} was not made with {unused[0]}: leave it out")
+    for path, weight in given.loras:
+        if weight not in (1.0, *(it.weight for it, place in places if place == path)):
+            raise BadRequest(f"{args.picture} tells itself how strongly {path} was applied: leave out :{weight:g}")
     parts: dict[str, Any] = dict.fromkeys(NETWORKS) | {it.kind: path for it, path in places}
     parts["controlnet"] = [path for it, path in places if it.kind == "controlnet"]
     return Additions.of(
