@@ -71,6 +71,15 @@ def test_words_become_a_picture_that_can_be_made_again(run: Run, tiny_file: Path
     assert again.read_bytes() == path.read_bytes()
 
 
+def test_a_models_name_may_hold_brackets(run: Run, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal shows the name while the model is loaded."""
+    Path("old [").mkdir()
+    os.link(tiny_file, "old [/one].safetensors")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, _, err = run("generate", "a", "--model", "old [/one].safetensors", "--seed", 1, "--steps", 1)
+    assert code == 0, err
+
+
 def test_words_that_do_not_fit_are_told(run: Run, tiny_file: Path) -> None:
     _, _, fits = run("generate", "fox", "--model", tiny_file, "--negative", "a " * 100, "--seed", 1, "--steps", 1)
     assert fits.startswith("negative: too long for this model: its last ")

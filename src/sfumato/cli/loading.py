@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato.console import printable
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.request import PICTURES, each
@@ -156,6 +157,7 @@ def _status(text: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(text):
+    with Console(stderr=True).status(Text(printable(text))):  # as it is: brackets in a name are no markup
         yield

@@ -72,7 +72,7 @@ def size_for(init: PictureFile, margins: tuple[int, int, int, int], model: Model
 
 def upright(what: str, picture: PictureFile) -> Image.Image:
     """A request's picture as RGB; BadRequest for what is none, or so narrow that bringing it to a size would burst."""
-    image = picture.image(what).convert("RGB")
+    image = picture.image(what)
     if max(image.size) > MAX_ASPECT * min(image.size):
         called = f"{what} {picture.name}".rstrip()
         raise BadRequest(f"{called}: {image.width}x{image.height} is too long and narrow: crop it", what)
