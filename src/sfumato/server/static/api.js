@@ -18,13 +18,15 @@ async function refused(response) {
   return new Refused(response.status, error.code, error.message ?? `the server answered ${response.status}`, retry);
 }
 
+const LOST = "the server cannot be reached; is `sfumato serve` still running?";
+
 async function call(path, options = {}) {
   let response;
   try {
     response = await fetch(path.replace(/^\//, ""), options);
   } catch (e) {
     if (e.name === "AbortError") throw e;
-    throw new Refused(0, "unreachable", "the server cannot be reached; is `sfumato serve` still running?");
+    throw new Refused(0, "unreachable", LOST);
   }
   if (!response.ok) throw await refused(response);
   return response;
@@ -41,22 +43,29 @@ export const remove = async (path) => {
 export const upload = async (path, blob) =>
   (await call(path, { method: "POST", headers: { "Content-Type": blob.type || "application/octet-stream" }, body: blob })).json();
 
-// One JSON object a line, as they are computed; aborting stops the computation.
+// One JSON object a line, as they are computed; aborting, and reading no further, stop the computation.
 export async function* lines(path, body, signal) {
   const response = await call(path, { ...json(body), signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    rest += value ?? "";
-    const parts = rest.split("\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      if (!part) continue;
-      const event = JSON.parse(part);
-      if (event.kind === "error") throw new Refused(422, event.code, event.message);
-      yield event;
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      rest += value ?? "";
+      const parts = rest.split("\n");
+      rest = parts.pop();
+      for (const part of parts) {
+        if (!part) continue;
+        const event = JSON.parse(part);
+        if (event.kind === "error") throw new Refused(422, event.code, event.message);
+        yield event;
+      }
+      if (done) return;
     }
-    if (done) return;
+  } catch (e) {
+    if (e instanceof TypeError) throw new Refused(0, "unreachable", LOST); // as browsers tell it, each in its own words
+    throw e;
+  } finally {
+    reader.cancel().catch(() => {});
   }
 }
