@@ -142,6 +142,16 @@ def test_what_stops_an_explanation_is_told_on_a_line_of_its_own(
     assert capsys.readouterr().err.endswith("its path: 3 of 50 steps\r\033[Ksfumato: out of memory\n")
 
 
+def test_a_picture_that_the_model_cannot_encode_is_refused(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(Pipeline(tiny).generate("apple", seed=1, steps=1)[0].save(tmp_path / "a.png"))
+    blind = Pipeline(replace(tiny, encode_picture=None))
+    monkeypatch.setattr("sfumato.cli.explain.load_recorded", lambda _, old: (blind, old.request))
+    assert main(["explain", file, "--noise", file]) == 2
+    assert "--noise has no effect" in capsys.readouterr().err
+
+
 def test_a_picture_is_lit_where_the_map_is_bright() -> None:
     pixels = np.full((8, 8, 3), 240, np.uint8)
     map = np.zeros((2, 2), np.float32)

@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
 
     source = None if args.noise is None else PictureFile.open("noise", args.noise).image("noise")
     pipe, request = load_recorded(args, stored.picture)
+    if source is not None and not pipe.model.takes_pictures:
+        raise BadRequest(f"--noise has no effect: model {pipe.model.name!r} has no encoder for pictures: leave it out")
     picture = replace(stored.picture, request=request)
     pixels = fitted(source or picture.image, request.resolve(pipe.model))  # it may have been enlarged at the end
     more: dict[str, Any] = {} if steps is None else {"steps": steps}
