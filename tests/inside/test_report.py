@@ -72,6 +72,7 @@ def test_the_page_shows_every_part_with_the_models_values(explained: str) -> Non
     assert explained.count("<figure data-frame") == 4, "three steps and the end"
     for head in ("Its path", "Where each word looked", "What guidance does", "Samplers side by side", "The schedule"):
         assert f"<h2>{head}" in explained
+    assert "the words of the first prompt" not in explained
     assert "the first 6 words" in explained, "others have no curve"
     heads = re.findall(r'<th scope="col">(\d+): σ', explained)
     assert heads == ["0", "1", "2"], "each step once, the last among them"
@@ -91,6 +92,7 @@ def test_the_page_tells_what_was_asked_for_zeros_too_and_nothing_else(tiny: Mode
     page = report(Pipeline(tiny), picture, picture.pixels, samplers=["euler"], steps=[2], weights=[1])
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert (facts["seed"], facts["guidance"], facts["mix"]) == ("0", "0.0", "0.0")
+    assert "the words of the first prompt" in page
     assert facts["init"] == f"red.png ({start.sha256[:12]})"
     assert not {"negative", "n", "best of", "eta", "guidance rescale", "control range"} & set(facts)
 

@@ -67,7 +67,7 @@ def report(
         [
             _head(picture, request, equal),
             _path(frames),
-            _words(frames, words),
+            _words(frames, words, request),
             _guidance([g for g in swept if isinstance(g, compare.Guided)]),
             _samplers(exact, [r for r in runs if isinstance(r, compare.Run)]),
             _schedule(drawn, noised),
@@ -129,7 +129,7 @@ def _path(frames: Sequence[path.Frame]) -> str:
     )
 
 
-def _words(frames: Sequence[path.Frame], words: Sequence[str]) -> str:
+def _words(frames: Sequence[path.Frame], words: Sequence[str], request: Request) -> str:
     seen = [(i, f) for i, f in enumerate(frames) if f.attention is not None]
     if not seen or not words:
         return (
@@ -152,6 +152,11 @@ def _words(frames: Sequence[path.Frame], words: Sequence[str]) -> str:
             )
         rows += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
     curves = [Series(w, [(i, _mean(f, k)) for i, f in seen]) for k, w in enumerate(words[:CURVES])]
+    of = (
+        " These are the words of the first prompt; those of the second are read beside them."
+        if request.prompt_to
+        else ""
+    )
     whose = "each word" if len(words) <= CURVES else f"the first {CURVES} words"
     shares = [f.attention.share for _, f in seen if f.attention is not None]
     joint = (
@@ -162,7 +167,7 @@ def _words(frames: Sequence[path.Frame], words: Sequence[str]) -> str:
     return (
         "<section><h2>Where each word looked</h2><p>The predicted picture, lit by the share of each cell's attention "
         "to words that went to this one: mean over layers and heads, each map to its own peak; the figure is the mean "
-        f"over cells, and all figures of a step sum to 100 %.{joint}</p>"
+        f"over cells, and all figures of a step sum to 100 %.{joint}{of}</p>"
         f'<div class="scroll"><table><thead><tr><th scope="col">Word</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
         f"<p>The mean share of {whose} by step:</p>"

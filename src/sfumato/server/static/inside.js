@@ -105,7 +105,7 @@ function pathPart(picture, crisp) {
         if (e.kind === "start") start = e;
         if (e.kind === "frame") {
           frames.push(e);
-          view ??= pathView(out, start, frames, crisp);
+          view ??= pathView(out, start, frames, crisp, picture.request.prompt_to != null);
           view.grow();
           progress(frames.length, start.levels);
         }
@@ -114,7 +114,7 @@ function pathPart(picture, crisp) {
     }, { auto: true });
 }
 
-function pathView(out, start, frames, crisp) {
+function pathView(out, start, frames, crisp, mixed) {
   const noisy = image("", "What the network was given", crisp), seen = image("", "The picture it saw in it", crisp);
   const slider = h("input", { type: "range", id: "path-step", min: 0, max: 0, value: 0, oninput: draw });
   const told = h("output", { for: "path-step", class: "small number" });
@@ -171,7 +171,7 @@ function pathView(out, start, frames, crisp) {
   // Where a word looked: the predicted picture, lit by the word's share of each cell's attention.
   function wordsView() {
     fill(words, h("h2", {}, "Where each word looked"),
-      h("p", { class: "soft" }, "The share of every cell's attention to words that went to this one, mean over layers and heads. It follows the step above."),
+      h("p", { class: "soft" }, "The share of every cell's attention to words that went to this one, mean over layers and heads. It follows the step above." + (mixed ? " These are the words of the first prompt; those of the second are read beside them." : "")),
       chips, h("div", { class: "duo" }, h("figure", {}, lit, litNote), h("figure", {}, many, h("figcaption", {}, "All words at this step, each from none (black) to its own peak (white)"))), curves);
     fill(chips, [...start.words, "start and end"].map((w, k) => h("button", { type: "button", class: "chip", "aria-pressed": k === word, onclick: () => { word = k; drawWord(); } }, w)));
   }
