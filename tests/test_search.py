@@ -103,6 +103,15 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_found(
     assert "exists already" in capsys.readouterr().err
 
 
+def test_words_that_do_not_fit_are_told(small: Path, pictures: Path, tmp_path: Path, capsys):
+    common = ["--model", str(small), "--cache", str(tmp_path / "cache")]
+    for words, told in (("red", ""), ("red " * 200, "WORDS: too long for this model: its last ")):
+        assert main(["search", str(pictures), words, *common]) == 0
+        error = capsys.readouterr().err
+        assert error.startswith(told)
+        assert error.count("\n") == bool(told)
+
+
 def test_all_captions_of_a_picture_are_shown(small: Path, pictures: Path, tmp_path: Path, capsys):
     (pictures / "metadata.jsonl").write_text(
         json.dumps({"file_name": "red.png", "caption": ["a red square", "warm"]}) + "\n"

@@ -141,6 +141,8 @@ def main(argv: list[str]) -> int:
 
     source = open_source(DataConfig(path=args.pictures).resolve(Path()))
     clip = load_clip(None if args.model is None else Path(args.model))
+    if left := clip.towers.text.truncated(args.words):
+        sys.stderr.write(f"WORDS: too long for this model: its last {left} tokens are left out\n")
     cache = Cache(Path(args.cache).expanduser() if args.cache else default_folder())
     found = index(source, clip, cache)
     best = found.best(clip.embed_words([args.words])[0], args.k)
