@@ -105,7 +105,7 @@ def test_the_page_tells_what_was_asked_for_zeros_too_and_nothing_else(tiny: Mode
         (["one.png", "--out", "x.txt"], 2, "must end in .html"),
         (["one.png", "--steps", "0"], 2, "from 1 to 500"),
         (["one.png", "--noise", "notes.html"], 2, "not a picture but an SVG drawing"),
-        (["one.png", "--noise", "long.png"], 2, "100×2 is too long and narrow"),
+        (["one.png", "--noise", "long.png"], 2, "100x2 is too long and narrow"),
         (["plain.png"], 4, "no request inside"),
     ],
 )
@@ -142,6 +142,12 @@ def test_what_stops_an_explanation_is_told_on_a_line_of_its_own(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["explain", str(tmp_path / "a.png"), "--model", str(tiny_file)]) == 5
     assert capsys.readouterr().err.endswith("its path: 3 of 50 steps\r\033[Ksfumato: out of memory\n")
+
+
+def test_a_long_and_narrow_picture_is_explained(tiny_file: Path, tmp_path: Path) -> None:
+    (made,) = load(tiny_file).generate("apple", seed=1, steps=1, width=80, height=2, upscale=4)
+    picture = made.save(tmp_path / "a.png")
+    assert main(["explain", str(picture), "--model", str(tiny_file), "--steps", "1"]) == 0
 
 
 def test_a_picture_that_the_model_cannot_encode_is_refused(

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sfumato.decode import PictureError, decode, fit
+from sfumato.decode import MAX_ASPECT, decode
 from sfumato.errors import BadRequest
 from sfumato.inside import compare
 from sfumato.inside import path as paths
 from sfumato.inside.record import Json
+from sfumato.pipeline.canvas import cover
 from sfumato.pipeline.picture import Picture
 from sfumato.pipeline.pipeline import Pipeline
 from sfumato.pipeline.request import Request
@@ -64,12 +65,14 @@ def forward(pipe: Pipeline, arguments: dict[str, Any]) -> Answers:
 
 
 def fitted(image: Image.Image, request: Request) -> Pixels:
-    """An RGB picture cropped to the proportions of a resolved request, at its size: uint8 (H, W, 3)."""
-    width, height = request.size
-    try:
-        return np.asarray(fit(image, (height, width), "center"))
-    except PictureError as e:
-        raise BadRequest(f"the picture to send into the noise: {e}") from None
+    """An RGB picture at the size of a resolved request, cropped to its proportions: uint8 (H, W, 3).
+
+    Raises BadRequest where they are too far from its own.
+    """
+    (w, h), (width, height) = image.size, request.size
+    if not 1 / MAX_ASPECT <= w * height / (h * width) <= MAX_ASPECT:  # what covers the size would burst
+        raise BadRequest(f"{w}x{h} is too long and narrow to be noised at {width}x{height}: crop it")
+    return np.asarray(cover(image, request.size))
 
 
 def _request(pipe: Pipeline, arguments: dict[str, Any]) -> Request:
