@@ -84,10 +84,10 @@ class Target:
 
         from sfumato.pipeline.picture import enlarge
 
-        images = [Image.fromarray(enlarge(f, scale)) for f in frames]
-        durations = [max(40, min(200, 4000 // len(images)))] * (len(images) - 1) + [2000]
+        images = (Image.fromarray(enlarge(f, scale)) for f in frames)  # one at a time, for memory
+        durations = [max(40, min(200, 4000 // len(frames)))] * (len(frames) - 1) + [2000]
         data = io.BytesIO()
-        images[0].save(data, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+        next(images).save(data, "GIF", save_all=True, append_images=images, duration=durations, loop=0)
         self.write_bytes(data.getvalue())
 
     def write_bytes(self, data: bytes) -> None:
