@@ -294,6 +294,8 @@ def test_a_picture_from_a_picture_can_be_made_again(run: Run, tiny_file: Path, t
     Path("in/me.png").unlink()
     Path("other.png").rename("me.png")  # beside the result
     assert run("replay", "a.png", "--model", tiny_file)[0] == 0
+    Path("in/me.png").write_bytes(b"no picture")  # where it lay
+    assert run("replay", "a.png", "--model", tiny_file)[0] == 0
 
 
 def test_a_phone_s_picture_is_turned_upright_and_that_is_said(run: Run, tiny_file: Path, tmp_path: Path) -> None:

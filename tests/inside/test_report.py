@@ -174,6 +174,8 @@ def test_charts_place_values_on_their_axes() -> None:
     assert log.at(log.low) == 0
     assert log.at((log.low * log.high) ** 0.5) == pytest.approx(0.5)
     assert {1, 10, 100} <= set(log.ticks())
+    narrow = axis("y", [2.8, 3.6], log=True)
+    assert len(narrow.ticks()) == 2, "no round value lies within"
     assert axis("y", [0, 1]).low == 0
     drawn = chart("a & b", [Series("s", [(1, 1), (2, float("inf")), (4, 0), (3, 2)])], "x", "y", ylog=True)
     assert drawn.count("L") == 1, "what cannot be drawn is left out"

@@ -11,7 +11,7 @@ import torch
 
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import load
-from sfumato.families.clip import load_clip
+from sfumato.families.clip import Critic, load_clip
 from sfumato.families.model import Model
 from sfumato.pipeline.lockstep import Lockstep
 from sfumato.pipeline.picture import Picture, grid, read
@@ -78,6 +78,14 @@ def test_what_would_have_no_effect_is_refused(tiny: Model, brightest: Model) -> 
         Pipeline(brightest).generate(WORDS, best_of=2, prompt_to="a blue house")
     with pytest.raises(BadRequest, match="best_of must be a whole number from 1 to 50"):
         Pipeline(brightest).generate(WORDS, best_of=51, n=2)
+
+
+def test_words_that_the_choice_leaves_out_are_told(tiny: Model) -> None:
+    reads_all = Pipeline(replace(tiny, critic=Critic(), truncated=lambda prompt: 0))
+    request = Request(" ".join(["fox"] * 40), best_of=2)
+    (told,) = reads_all.warnings(request)
+    assert told == "best_of: its CLIP chooses without the prompt's last 9 tokens: they are too many"
+    assert reads_all.warnings(replace(request, best_of=1)) == ()
 
 
 def test_the_embedded_model_chooses_by_our_clip(tiny_file: Path) -> None:

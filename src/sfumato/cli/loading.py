@@ -99,9 +99,16 @@ def _picture_again(
     known = Path(picture.name)
     inside = not known.is_absolute() and ".." not in known.parts and picture.name != ""
     places = [known, Path(args.picture).parent / known.name] if inside else []
-    here = [PictureFile.open(name, place) for place in places if os.path.isfile(place)]  # a name may be too long
-    for found in here:
-        if found == picture or found is here[-1]:
+    here = [place for place in places if os.path.isfile(place)]  # a name may be too long
+    for place in here:
+        last = place is here[-1]
+        try:
+            found = PictureFile.open(name, place)
+        except BadRequest:
+            if last:
+                raise
+            continue
+        if found == picture or last:
             return picture.with_data(name, found)  # raises what is wrong with the last
     raise BadRequest(
         f"{args.picture} was made from a picture that is not here: {known.name or 'one without a name'}, "

@@ -42,6 +42,8 @@ class Axis:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             all_ = [m * 10.0**e for e in powers for m in (1, 2, 5)]
             inside = [v for v in all_ if self.low * 0.999 <= v <= self.high * 1.001]
+            if not inside:  # a range that holds no round value is told by its ends
+                return [self.low, self.high]
             return inside if len(inside) <= 7 else [v for v in inside if math.log10(v) % 1 < 1e-9]
         rough = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
