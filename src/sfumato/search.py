@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.console import Parser, printable
-from sfumato.data.captions import text_problem
+from sfumato.data.captions import several, text_problem
 from sfumato.errors import BadData, BadRequest
 from sfumato.files import check_target, make_folder, write_atomically
 
@@ -165,8 +165,7 @@ def main(argv: list[str]) -> int:
 
 def _caption(record: Record) -> str:
     """A picture's words; of several captions, all."""
-    value = record.row.get("caption") or ""
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(several(record.row.get("caption")))
 
 
 def _sheet(best: Sequence[tuple[Record, float]]) -> bytes:

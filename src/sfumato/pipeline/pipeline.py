@@ -39,7 +39,6 @@ from sfumato.diffusion.level import NO_PICTURE
 from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.families import public_name
 from sfumato.families.additions import Lora
-from sfumato.families.clip import Critic
 from sfumato.families.common import Way
 from sfumato.families.model import Conditioning, Model
 from sfumato.networks.stored import in_dtype
@@ -404,10 +403,8 @@ class Pipeline:
     def _warnings(self, request: Request, canvas: Canvas | None) -> tuple[str, ...]:
         cut = {name: self.model.truncated(getattr(request, name) or "") for name in ("prompt", "negative", "prompt_to")}
         told = [f"{k}: too long for this model: its last {n} tokens are left out" for k, n in cut.items() if n]
-        if request.best_of > 1 and isinstance(critic := self.model.critic, Critic):
-            unread = critic.clip.towers.text.truncated(request.prompt)
-            if unread > cut["prompt"]:
-                told.append(f"best_of: its CLIP chooses without the prompt's last {unread} tokens: they are too many")
+        if (unread := self._unread(request)) > cut["prompt"]:
+            told.append(f"best_of: its CLIP chooses without the prompt's last {unread} tokens: they are too many")
         for name in cut:
             if tag := _TAG.search(getattr(request, name) or ""):
                 told.append(f"{name}: {tag[0]} is read as plain words: add files to the model where it is loaded")
@@ -424,6 +421,15 @@ class Pipeline:
                 given.append((name, picture, changes))
         told += [f"{PurePath(p.name).name or what}: {', '.join(changes)}" for what, p, changes in given if changes]
         return tuple(told)
+
+    def _unread(self, request: Request) -> int:
+        """How many of the prompt's tokens the CLIP that chooses among pictures leaves out, if one chooses."""
+        if request.best_of == 1:
+            return 0
+        from sfumato.families.clip import Critic  # what chooses nothing starts without it
+
+        critic = self.model.critic
+        return critic.clip.towers.text.truncated(request.prompt) if isinstance(critic, Critic) else 0
 
     def _made_with(self) -> dict[str, str | int]:
         return {
