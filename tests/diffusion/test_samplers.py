@@ -204,8 +204,10 @@ def test_calls_of_the_denoiser_are_as_stated():
         list(
             sampler(lambda x, level, c=calls: c.append(level) or through("v")(x, level), np.ones((1, 2)), path, fresh())
         )
+        assert sampler.count(path) == len(calls), sampler.name
         assert abs(len(calls) - sampler.calls * 12) <= 2, sampler.name  # but for the ends
         assert all(level.sigma > 0 for level in calls)
+    assert SAMPLERS["ddim-inversion"].count(path, refine=2) == 12 * 3 - 1
 
 
 def glyphs():

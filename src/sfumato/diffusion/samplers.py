@@ -296,6 +296,18 @@ class Sampler:
         """Names and defaults of the settings that it takes."""
         return settings_of(self.run, 4)
 
+    def count(self, path: Path, **settings: Any) -> int:
+        """Count the denoiser's calls down a path: ``calls`` for each step, but for those at its ends that need fewer."""
+        called: list[NoiseLevel] = []
+
+        def denoise(x: float, level: NoiseLevel) -> Prediction:
+            called.append(level)
+            return Prediction(x, x)
+
+        for _ in self(denoise, 0.0, path, lambda x: x, **settings):
+            pass
+        return len(called)
+
     def __call__(
         self, denoise: Denoiser, x: Any, path: list[NoiseLevel], noise: Noise, **settings: Any
     ) -> Iterator[Step]:

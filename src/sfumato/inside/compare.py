@@ -119,7 +119,7 @@ class Run:
     """A sampler's picture in some number of steps.
 
     Args:
-        calls: of the network, as many in each step as its sampler takes.
+        calls: of the guided network.
         distance: root mean square of x − the solution's x, in units of x.
         stochastic: it draws fresh noise, and so converges in distribution, not to the solution.
     """
@@ -173,7 +173,8 @@ def samplers(
     for one in asked:
         y, picture = yield from draw(pipe, one, count)
         sampler, k = SAMPLERS[str(one.sampler)], one.steps or 0
-        yield Run(sampler.name, k, sampler.calls * pipe.steps(one), picture.pixels, distance(y, x), sampler.stochastic)
+        calls = sum(map(sampler.count, pipe.paths(one)))
+        yield Run(sampler.name, k, calls, picture.pixels, distance(y, x), sampler.stochastic)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
