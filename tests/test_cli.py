@@ -196,12 +196,33 @@ def test_a_recorded_model_name_opens_nothing_elsewhere(run: Run, tiny_file: Path
     assert f"'{tiny_file.name}'" in err
 
 
+@pytest.mark.parametrize(("what", "value"), [("dtype", "fp7"), ("dtype", 16), ("tile", "wide"), ("tile", -1)])
+def test_a_damaged_record_is_blamed_itself(run: Run, tiny_file: Path, what: str, value: object) -> None:
+    run("generate", "a", "--model", tiny_file, "--seed", 1, "--out", "a.png")
+    from PIL import PngImagePlugin
+
+    image, info = Image.open("a.png"), PngImagePlugin.PngInfo()
+    record = json.loads(image.text["sfumato"])  # type: ignore[attr-defined]
+    record["made_with"][what] = value
+    info.add_text("sfumato", json.dumps(record))
+    image.save("b.png", pnginfo=info)
+    code, _, err = run("replay", "b.png", "--model", tiny_file)
+    assert code == 4
+    assert f"b.png: its record of the {what} is damaged ({str(value)!r}): say it with --{what}" in err
+    good = {"dtype": "fp32", "tile": "0"}[what]
+    assert run("replay", "b.png", "--model", tiny_file, f"--{what}", good, "--out", "c.png")[0] == 0
+
+
 def test_info_of_a_picture_and_of_a_model(run: Run, tiny_file: Path) -> None:
     run("generate", "a red fox", "--model", tiny_file, "--seed", 1, "--out", "a.png")
     _, out, _ = run("info", "a.png")
     assert "a red fox" in out
     _, out, _ = run("info", "a.png", "--json")
     assert json.loads(out)["request"]["prompt"] == "a red fox"
+    for flags in (["--variant", "fp16"], ["--allow-pickle"]):
+        code, out, err = run("info", "a.png", *flags)
+        assert (code, out) == (2, "")
+        assert f"{flags[0]} says how weights are read" in err
     _, out, _ = run("info", tiny_file)
     assert "licence" in out
     _, out, _ = run("info", tiny_file, "--json")
@@ -312,6 +333,7 @@ def test_pictures_on_the_way_from_one_prompt_to_another(run: Run, tiny_file: Pat
     code, out, _ = run(*words, "--frames", 3, "--out", "m.png", "--film", "m.gif", "--json")
     assert code == 0
     paths = [p["path"] for p in json.loads(out)["pictures"]]
+    assert json.loads(out)["film"] == "m.gif"
     assert paths == ["m-1.png", "m-2.png", "m-3.png"]
     pictures = [Picture.open(p) for p in paths]
     assert [p.request.mix for p in pictures] == [0.0, 0.5, 1.0]
@@ -455,6 +477,8 @@ BAD: list[tuple[list[str], int, str]] = [
     (["generate", "a", "--size", "4096x4096"], 2, "too large"),
     (["generate", "a", "--size", "9999x9999"], 2, "too large"),
     (["generate", "a", "--size", "0x16"], 2, "width must be"),
+    (["generate", "a", "--seed", "1_0"], 2, "seed must be a whole number"),
+    (["generate", "a", "--guidance", "1_0"], 2, "guidance must be a number"),
     (["generate", "a", "--scale", "0"], 2, "scale must be"),
     (["generate", "a", "--stepz", "3"], 2, "--stepz"),
     (["generate", "a", "--init", "missing.png"], 2, "init missing.png: no such file"),

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import save
 
 from sfumato.cli import main
-from sfumato.data.sources import open_source
+from sfumato.data.sources import Record, open_source
 from sfumato.evaluation.cache import Cache
 from sfumato.families.clip import CLIP, EMBEDDED, TwoTowers, TwoTowersConfig, clip_metadata, clip_tensors, load_clip
 from sfumato.networks.efficientnet import EfficientNetLite0
 from sfumato.networks.towers import PictureHeadConfig
-from sfumato.search import index
+from sfumato.search import Index, index
 from sfumato.text.tokenizer import VOCABULARY, packaged_clip
 from sfumato.text.tower import TextTowerConfig
 
@@ -101,6 +101,24 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_found(
     assert Image.open(sheet).size[1] > 0
     assert main(["search", *common, "--sheet", str(sheet)]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_picture_that_vanishes_before_the_sheet_is_named(
+    small: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    best = Index.best
+
+    def gone(self: Index, words: torch.Tensor, count: int) -> list[tuple[Record, float]]:
+        (pictures / "red.png").unlink()
+        return best(self, words, count)
+
+    monkeypatch.setattr(Index, "best", gone)
+    flags = ["--model", str(small), "--cache", str(tmp_path / "cache"), "--sheet", str(tmp_path / "sheet.png")]
+    assert main(["search", str(pictures), "red", *flags]) == 4
+    error = capsys.readouterr().err
+    assert "red.png cannot be drawn on the sheet" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "sheet.png").exists()
 
 
 def test_words_that_do_not_fit_are_told(small: Path, pictures: Path, tmp_path: Path, capsys):

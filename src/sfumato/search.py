@@ -20,6 +20,7 @@ from sfumato.errors import BadData, BadRequest
 from sfumato.files import check_target, make_folder, write_atomically
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from sfumato.data.report import Bad
@@ -170,9 +171,15 @@ def _caption(record: Record) -> str:
 
 def _sheet(best: Sequence[tuple[Record, float]]) -> bytes:
     from sfumato.data.check import CELL, contact_sheet
-    from sfumato.decode import decode, fit
+    from sfumato.decode import PictureError, decode, fit
+
+    def picture(record: Record) -> Image:
+        try:
+            return fit(decode(record.read()), CELL, "pad")
+        except PictureError as e:
+            raise BadData(f"{record.name} cannot be drawn on the sheet, though it was read before: {e}") from e
 
     def label(record: Record, score: float) -> str:
         return f"{score:+.2f} {_caption(record) or record.name}"
 
-    return contact_sheet([(fit(decode(r.read()), CELL, "pad"), label(r, score)) for r, score in best])
+    return contact_sheet([(picture(r), label(r, score)) for r, score in best])

@@ -10,7 +10,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sfumato.diffusion import PARAMETERIZATIONS, NoiseLevel, Prediction, q_sample
+from sfumato.diffusion import PARAMETERIZATIONS, SCHEDULES, SPACINGS, NoiseLevel, Prediction, q_sample
+from sfumato.diffusion.level import q_renoise
 from sfumato.diffusion.parameterizations import edm
 from sfumato.errors import BadRequest
 
@@ -54,6 +55,19 @@ def test_published_determinants():
     level = NoiseLevel(0.3, 0.6, 0.5)
     want = {"eps": 0.6, "x0": -0.5, "v": 0.61, "flow": 1.1, "edm": -math.sqrt(0.5**2 + 0.3**2) / 0.5}
     assert {name: row.det(level) for name, row in PARAMETERIZATIONS.items()} == pytest.approx(want)
+
+
+@pytest.mark.parametrize("schedule", ["flow", "linear", "cosine", "exploding"])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_noise_is_added_up_to_exactly_the_level(schedule, kind):
+    """α_τ·x0 + σ_τ·ε in mean and variance, from any level on the way down, the clean one too."""
+    path = [NoiseLevel(*map(kind, map(float, level))) for level in SPACINGS["trailing"](SCHEDULES[schedule](), 9)]
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for k, level in list(enumerate(path))[1:]:
+        for noisier in path[: k + 1]:
+            torch.testing.assert_close(q_renoise(level.alpha * one, zero, level, noisier), noisier.alpha * one)
+            old, new = q_renoise(level.sigma * one, zero, level, noisier), q_renoise(zero, one, level, noisier)
+            torch.testing.assert_close(old**2 + new**2, noisier.sigma**2 * one, rtol=1e-5, atol=1e-6)
 
 
 @given(sigma=st.floats(0.01, 50), x=finite, out=finite)

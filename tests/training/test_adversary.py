@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from test_distillation import VAE, Table, batch, distill, forget_the_end, ideal, latent, on_pixels, train
 from torch import Tensor
 
-from sfumato.diffusion import PARAMETERIZATIONS, SCHEDULES, SPACINGS
+from sfumato.diffusion import PARAMETERIZATIONS, SCHEDULES
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.networks.unet import UNet, UNetConfig
 from sfumato.networks.worded import WordedConfig, WordedTransformer
-from sfumato.training.adversary import Heads, looked_at, noised, opposed
+from sfumato.training.adversary import Heads, looked_at, opposed
 from sfumato.training.consistency import ConsistencyObjective
 from sfumato.training.draws import draws
 from sfumato.training.state import load_newest
@@ -53,19 +53,6 @@ def test_the_losses_are_the_hinges() -> None:
     assert (of_real < 1).any()
     torch.testing.assert_close(fooled, -of_made.mean(1))
     torch.testing.assert_close(own, ((1 - of_real).clamp(min=0) + (1 + of_made).clamp(min=0)).mean(1))
-
-
-@pytest.mark.parametrize("schedule", ["flow", "linear", "cosine", "exploding"])
-def test_noise_is_added_up_to_exactly_the_level(schedule: str) -> None:
-    """α_τ·x0 + σ_τ·ε in mean and variance, from any level on the way down, the clean one too."""
-    levels = SPACINGS["trailing"](SCHEDULES[schedule](), 9)
-    path = [NoiseLevel(*torch.tensor(level, dtype=torch.float64)) for level in levels]
-    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    for k, level in list(enumerate(path))[1:]:
-        for noisier in path[: k + 1]:
-            torch.testing.assert_close(noised(level.alpha * one, level, noisier, zero), noisier.alpha * one)
-            of_old, of_new = noised(level.sigma * one, level, noisier, zero), noised(zero, level, noisier, one)
-            torch.testing.assert_close(of_old**2 + of_new**2, noisier.sigma**2 * one)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -58,6 +58,8 @@ def request_of(args: argparse.Namespace) -> Request:
 
 def _value(kind: str, text: str) -> Any:
     """Give a flag's text its field's type; text that cannot have it is left for the request to refuse."""
+    if "_" in text:  # Python would read 1_0 as 10
+        return text
     try:
         if kind.startswith("int"):
             return int(text)

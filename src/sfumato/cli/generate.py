@@ -52,5 +52,5 @@ def main(argv: Sequence[str]) -> int:
         paths = [target.write(pictures[0], 0, scale)]
     if film is not None:
         film.write_film(frames, scale or pictures[0].viewing_scale)
-    report(pictures, paths, started, as_json=args.json, film=film and film.path())
+    report(pictures, paths, started, as_json=args.json, films=film and {"trajectory": film.path()})
     return 0

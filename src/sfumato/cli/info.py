@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.cli.flags import add_json_flag, add_reading_flags
 from sfumato.console import Parser, print_json, printable
-from sfumato.errors import BadCheckpoint
+from sfumato.errors import BadCheckpoint, BadRequest
 from sfumato.files import climbs
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
 
     path = Path(args.what)
     if _is_picture(path):
+        if args.variant is not None or args.allow_pickle:
+            flag = "--allow-pickle" if args.variant is None else "--variant"
+            raise BadRequest(f"{flag} says how weights are read, and {path} is a picture: leave it out")
         stored = read(path)
         p = stored.picture
         facts: dict[str, Any] = {

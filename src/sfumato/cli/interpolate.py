@@ -53,5 +53,5 @@ def main(argv: Sequence[str]) -> int:
         paths.append(target.write(pictures[i], i, scale))
     if film is not None:
         film.write_film([p.pixels for p in pictures], scale or pictures[0].viewing_scale)
-    report(pictures, paths, started, as_json=args.json, film=film and film.path())
+    report(pictures, paths, started, as_json=args.json, films=film and {"film": film.path()})
     return 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.console import printable
-from sfumato.errors import BadCheckpoint, BadRequest
+from sfumato.errors import BadCheckpoint, BadData, BadRequest
 from sfumato.pipeline.inputs import PictureFile
 from sfumato.pipeline.request import PICTURES, each
 
@@ -34,7 +34,7 @@ def load_recorded(args: argparse.Namespace, old: Picture) -> tuple[Pipeline, Req
 
     What its record does not tell the flags do; raises BadRequest or BadCheckpoint if something is another or missing.
     """
-    from sfumato.families import recorded
+    from sfumato.families import keeping, recorded
 
     for name in PICTURES:
         if getattr(args, name) is not None and getattr(old.request, name) is None:
@@ -42,8 +42,8 @@ def load_recorded(args: argparse.Namespace, old: Picture) -> tuple[Pipeline, Req
     given = {name: _given_pictures(name, old.request, args) for name in PICTURES}
     request = old.request.map_pictures(lambda name, picture: _picture_again(name, picture, args, given[name]))
     args.model = args.model or recorded(old.model)
-    args.dtype = args.dtype or str(old.made_with.get("dtype", "fp32"))
-    args.tile = args.tile or (str(old.made_with["tile"]) if "tile" in old.made_with else None)
+    args.dtype = args.dtype or _recorded(args.picture, old.made_with, "dtype", lambda v: v in keeping.DTYPES)
+    args.tile = args.tile or _recorded(args.picture, old.made_with, "tile", lambda v: _is_tile(str(v)))
     pipe = _load(args, _ingredients_again(old.ingredients, args), old.made_with.get("threads"))
     if pipe.model.hash != old.model_hash:
         raise BadCheckpoint(
@@ -58,7 +58,7 @@ def _load(args: argparse.Namespace, additions: Additions, threads: object = None
 
     how: dict[str, Any] = {"dtype": args.dtype or "fp32", "memory": args.memory}
     families.keeping.check(**how)
-    if args.tile is not None and not (args.tile.isdecimal() and len(args.tile) < 7):
+    if args.tile is not None and not _is_tile(args.tile):
         raise BadRequest(f"--tile must be a whole number of pixels, or 0, not {args.tile[:40]!r}")
     families.locate(args.model, args.variant)  # a wrong name is told at once, torch takes seconds
     additions.check()  # as is a missing file
@@ -77,6 +77,20 @@ def _load(args: argparse.Namespace, additions: Additions, threads: object = None
         }
         tile = None if args.tile is None else int(args.tile)
         return Pipeline(families.load(args.model, additions, **how), tile=tile)
+
+
+def _is_tile(text: str) -> bool:
+    return text.isdecimal() and len(text) < 7
+
+
+def _recorded(
+    picture: str, made_with: Mapping[str, str | int], what: str, good: Callable[[object], bool]
+) -> str | None:
+    """What a picture's record says that it was made with, None if it is silent; BadData if that is none."""
+    value = made_with.get(what)
+    if value is not None and not good(value):
+        raise BadData(f"{picture}: its record of the {what} is damaged ({str(value)[:40]!r}): say it with --{what}")
+    return None if value is None else str(value)
 
 
 def _given_pictures(name: str, request: Request, args: argparse.Namespace) -> dict[str, PictureFile]:

@@ -115,11 +115,14 @@ def report(
     started: float,
     *,
     as_json: bool,
-    film: Path | None = None,
+    films: Mapping[str, Path] | None = None,
     note: str = "",
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print what was written, by which model and in how many seconds since ``started``; ``more`` goes into the JSON."""
+    """Print what was written, by which model and in how many seconds since ``started``; ``more`` goes into the JSON.
+
+    ``films`` were written besides, each under its flag's name.
+    """
     seconds = time.perf_counter() - started
     first = pictures[0]
     if as_json:
@@ -130,12 +133,12 @@ def report(
             "request": first.request.to_dict(),
             "seconds": round(seconds, 3),
         }
-        print_json(facts | ({} if film is None else {"trajectory": str(film)}) | dict(more or {}))
+        print_json(facts | {name: str(path) for name, path in (films or {}).items()} | dict(more or {}))
         return
     for path, p in zip(paths, pictures, strict=True):
         variation = f", variation {p.request.variation_seed}" if p.request.variation_strength > 0 else ""
         print(printable(f"{path}  seed {p.request.seed}{variation}"))
-    if film is not None:
+    for film in (films or {}).values():
         print(printable(str(film)))
     parts = [f"model {first.model} ({first.model_hash[:12]})", f"{seconds:.1f} s", note]
     print(printable(", ".join(p for p in parts if p)))

@@ -131,6 +131,16 @@ def q_sample(x0: Any, eps: Any, level: NoiseLevel) -> Any:
     return Prediction(x0, eps).at(level)
 
 
+def q_renoise(x: Any, eps: Any, level: NoiseLevel, noisier: NoiseLevel) -> Any:
+    """Bring x from its level to a noisier one by fresh noise, q(x_τ | x_s) (2107.00630, appendix A).
+
+    x_τ = r·x_s + √(σ_τ² − r²·σ_s²)·eps with r = α_τ/α_s; α_s must not be 0.
+    """
+    r = noisier.alpha / level.alpha
+    variance = noisier.sigma**2 - (r * level.sigma) ** 2
+    return r * x + (0.5 * (variance + abs(variance))) ** 0.5 * eps  # rounding may leave it below 0
+
+
 def _is_zero(x: Scalar) -> bool:
     return isinstance(x, (int, float)) and x == 0
 

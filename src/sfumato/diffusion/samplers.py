@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from sfumato.diffusion.level import Denoiser, Noise, NoiseLevel, Prediction, Scalar
+from sfumato.diffusion.level import Denoiser, Noise, NoiseLevel, Prediction, Scalar, q_renoise
 from sfumato.diffusion.spacings import Path, check_settings, plain, settings_of
 from sfumato.errors import BadRequest, nearest
 
@@ -88,8 +88,7 @@ def heun(
     for p, q in pairwise(path):
         if gamma > 0 and s_tmin * p.alpha <= p.sigma <= s_tmax * p.alpha and p.alpha > 0:
             low, p = p, path.between(p, q, p.log_snr - 2 * math.log1p(gamma))
-            fresh = max(p.sigma**2 - (p.alpha / low.alpha * low.sigma) ** 2, 0.0) ** 0.5
-            x = p.alpha / low.alpha * x + s_noise * fresh * noise(x)
+            x = q_renoise(x, s_noise * noise(x), low, p)
         out = denoise(x, p)
         y = out.at(q)
         if q.sigma > 0:
@@ -297,7 +296,7 @@ class Sampler:
         return settings_of(self.run, 4)
 
     def count(self, path: Path, **settings: Any) -> int:
-        """Count the denoiser's calls down a path: ``calls`` for each step, but for those at its ends that need fewer."""
+        """Count the denoiser's calls down a path: ``calls`` a step, but for those at its ends that need fewer."""
         called: list[NoiseLevel] = []
 
         def denoise(x: float, level: NoiseLevel) -> Prediction:

@@ -113,9 +113,7 @@ class Pipeline:
         Raises BadRequest for a request that cannot be served.
         """
         request = request.resolve(self.model)
-        paths = [self._path(request, request.size, request.strength)]
-        if request.hires is not None:
-            paths.append(self._path(request, request.enlarged(self.model.multiple), request.hires_strength))
+        paths = [self._path(request, *one) for one in request.rounds(self.model.multiple)]
         for path in paths:
             control_spans(request, path)
         return paths

@@ -296,16 +296,20 @@ class Request:
         width, height = (max(1, round(side * (self.hires or 1) / unit)) * unit for side in self.size)
         return width, height
 
+    def rounds(self, unit: int) -> list[tuple[tuple[int, int], float | None]]:
+        """Width, height and strength of each round that a resolved request takes: with ``hires`` there is a second."""
+        rounds: list[tuple[tuple[int, int], float | None]] = [(self.size, self.strength)]
+        if self.hires is not None:
+            rounds.append((self.enlarged(unit), self.hires_strength))
+        return rounds
+
     def work(self, own: tuple[int, int], unit: int) -> int:
         """What a resolved request's pictures cost, in steps of one picture of the model's ``own`` size.
 
         A step costs as its pixels do, which takes attention for as dear as a convolution. ``unit`` is as in `enlarged`.
         """
         assert self.steps is not None
-        rounds = [(self.size, self.strength)]
-        if self.hires is not None:
-            rounds.append((self.enlarged(unit), self.hires_strength))
-        steps = sum(math.prod(size) * (1.0 if share is None else share) for size, share in rounds) * self.steps
+        steps = sum(math.prod(s) * (1.0 if share is None else share) for s, share in self.rounds(unit)) * self.steps
         return max(1, math.ceil(round(self.drawn * steps / math.prod(own), 6)))
 
     def map_pictures(self, change: Callable[[str, PictureFile], PictureFile]) -> Request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -164,7 +165,7 @@ class Context:
             fail(503, "the server is shutting down", retry_after=10)
         facts = self.facts(model)
         request = await asyncio.to_thread(self._resolved, settings, facts)
-        self._check_limits(request)
+        self._check_limits(request, facts.multiple)
         cost = request.work((facts.defaults.width, facts.defaults.height), facts.multiple)
         places = self.settings.workers * self.settings.batch
         try:
@@ -179,13 +180,11 @@ class Context:
         request = Request.from_dict(take_pictures(self.uploads, self.gallery, settings))
         return request.resolve(cast("Model", facts))  # which asks a model for no more than these facts
 
-    def _check_limits(self, request: Request) -> None:
+    def _check_limits(self, request: Request, unit: int) -> None:
         """Raise TooLarge for a request of more than is served."""
-        assert request.width is not None
-        assert request.height is not None
         assert request.steps is not None
         limits = self.settings.limits
-        pixels = round(request.width * request.height * max(1.0, request.hires or 1) ** 2)  # that the network draws
+        pixels = max(math.prod(size) for size, _ in request.rounds(unit))  # that the network draws
         for name, setting, value, most in (
             ("width × height", "width", pixels * (request.upscale or 1) ** 2, limits.pixels),
             ("steps", "steps", request.steps, limits.steps),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sfumato.diffusion.level import NoiseLevel, q_sample
+from sfumato.diffusion.level import q_renoise, q_sample
 from sfumato.training.consistency import ConsistencyObjective
 from sfumato.training.objective import flat
 
@@ -58,15 +58,6 @@ def opposed(judge: nn.Module, real: States, made: States) -> tuple[Tensor, Tenso
     return fooled, (F.relu(1 - of_real) + F.relu(1 + of_made)).flatten(1).mean(1)
 
 
-def noised(x: Tensor, level: NoiseLevel, noisier: NoiseLevel, eps: Tensor) -> Tensor:
-    """Bring x (B, C, H, W) from its level to a noisier one, by fresh noise: q(x_τ | x_s).
-
-    x_τ = r·x_s + √(σ_τ² − r²·σ_s²)·ε with r = α_τ/α_s; α_s must not be 0.
-    """
-    r = noisier.alpha / level.alpha
-    return r * x + (noisier.sigma**2 - (r * level.sigma) ** 2).clamp(min=0).sqrt() * eps
-
-
 def looked_at(
     o: ConsistencyObjective, look: Callable[[Tensor, Tensor], States], x0: Tensor, x: Tensor, end: Tensor,
     where: Tensor, eps: Tensor,
@@ -83,4 +74,4 @@ def looked_at(
     gain, clock = o.parameterization.gain(noisier), flat(o.parameterization.clock(noisier), len(x), x)
     with torch.no_grad():
         real = look(gain * q_sample(x0, eps, noisier), clock)
-    return real, look(gain * noised(x, level, noisier, eps), clock)
+    return real, look(gain * q_renoise(x, eps, level, noisier), clock)
