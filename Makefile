@@ -2,13 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red apple
-ARGS ?= --best-of 4
 PEERS := $(VENV)/peers
 WORKERS ?= auto
 
 .PHONY: image test check bench screenshots fashion-mnist soak demo-train clean
 
 ## A picture from words, offline, with the embedded model: make image PROMPT="a red apple"
+image: ARGS ?= --best-of 4
 image: $(VENV)/.installed
 	@$(BIN)/sfumato generate "$(PROMPT)" $(ARGS)
 
@@ -45,7 +45,7 @@ bench: $(VENV)/.installed-dev $(PEERS)/.installed
 
 ## Fashion-MNIST beside two peers after five minutes of a core each: make fashion-mnist DATA=/usr/share/datasets/fashion-mnist
 fashion-mnist: $(VENV)/.installed-dev $(PEERS)/.installed
-	PYTHONPATH=$(PEERS) $(BIN)/python bench/fashion_mnist.py $(DATA) $(ARGS)
+	PYTHONPATH=$(PEERS) $(BIN)/python bench/fashion_mnist.py $(or $(DATA),$(error name the folder of the four .gz files with DATA=…)) $(ARGS)
 
 # Beside the environment, not in it: with accelerate and torchvision installed, diffusers and transformers behave otherwise.
 PEER_PACKAGES := accelerate denoising-diffusion-pytorch smalldiffusion einops ema-pytorch psutil pytorch-fid torchvision

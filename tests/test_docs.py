@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -77,3 +79,15 @@ def test_commands_take_the_flags_that_are_shown(capsys: pytest.CaptureFixture[st
                 assert re.search(rf"{flag}\b", helps[command]), f"{page.name}: sfumato {line}"
                 shown += 1
     assert shown > 10
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_gives_its_own_arguments_to_the_picture_alone() -> None:
+    def last(*words: str) -> str:
+        told = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        return told.stdout.splitlines()[-1]
+
+    assert last("image").endswith('generate "a red apple" --best-of 4')
+    assert last("image", "ARGS=-n 4").endswith('generate "a red apple" -n 4')
+    assert last("fashion-mnist", "DATA=x").split()[-1] == "x"
+    assert last("fashion-mnist", "DATA=x", "ARGS=--n 100").endswith("x --n 100")
