@@ -43,7 +43,7 @@ def test_its_recipes_and_those_it_names_can_be_read() -> None:
     recipes = [build_recipe(yaml.safe_load(block), [], "the guide") for block in blocks]
     assert [recipe.task for recipe in recipes] == ["denoiser", "distill"]
     assert all(recipe.model.build_schedule() is not None for recipe in recipes)
-    names = set(re.findall(r"recipes/[\w-]+\.yaml", PAGE))
+    names = set(re.findall(r"recipes/[\w-]+\.yaml", PAGE)) - {"recipes/emoji.yaml"}  # that one makes the corpus
     assert len(names) >= 5
     for name in names:
         load_recipe(ROOT / name, [])
