@@ -5,8 +5,10 @@
     python bench/checkpoints.py FOLDER --pairs 10 [--dtype bf16]     # both networks in one process, called in turn
 
 FOLDER holds a Stable Diffusion 1, 2 or XL model; random weights of the true shapes do, since only time is measured:
-``bench/memory.py sd1 --modes --keep DIR`` writes such. Times are of the CPU, so that other work beside does not count;
-loading is told by the clock too. "all s" of a first picture is the process's whole CPU time, imports included.
+``bench/memory.py sd1 --modes --keep DIR`` writes such as DIR/sd1. Before each load of the first two kinds 7 GiB of
+memory are touched and the folder is read, so that neither engine finds what the other does not. Times are of the CPU,
+so that other work beside does not count; loading is told by the clock too. "all s" of a first picture is the process's
+whole CPU time, imports included.
 """
 
 from __future__ import annotations
@@ -172,7 +174,7 @@ def warm(folder: Path) -> None:
 
 def main() -> None:
     """Measure both in turn and print the medians."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
@@ -181,8 +183,10 @@ def main() -> None:
     parser.add_argument("--picture", type=int, default=0, metavar="STEPS", help="a first picture instead")
     parser.add_argument("--pairs", type=int, default=0, metavar="N", help="both in one process, N calls each, in turn")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of --pairs")
-    parser.add_argument("--child", choices=("sfumato", "diffusers"))
+    parser.add_argument("--child", choices=("sfumato", "diffusers"), help=argparse.SUPPRESS)
     a = parser.parse_args()
+    if a.dtype != "fp32" and not a.pairs:
+        parser.error("--dtype is of --pairs alone: the other measurements are in fp32")
     if a.child:
         facts = (
             first_picture(a.child, a.folder, a.side, a.threads, a.picture)

@@ -1,14 +1,14 @@
 """Fashion-MNIST after the same few minutes of one core: Sfumato, denoising-diffusion-pytorch, smalldiffusion.
 
     pip install -e '.[bench]'
-    python bench/fashion_mnist.py DATA [--out DIR] [--budget 300] [--n 1000] [--only NAME …] [key=value …]
+    python bench/fashion_mnist.py DATA [key=value …] [--out DIR] [--budget 300] [--n 1000] [--only NAME …]
 
 DATA is the folder of the four .gz files (Debian: dataset-fashion-mnist). The budget is CPU time, user and system, of
 one process with one thread, training alone, loading left out; so that other work beside it changes little. Sfumato
 runs the recipe over as many steps as fit, by a trial whose time is counted too; the peers then get as many seconds as
-it took in all. They are given smaller networks and batches than their examples have, which are made for GPUs: with
-those they would hardly begin. Every network computes in bf16 where that is faster here. All sample in 20 steps of the
-sampler that comes with them.
+it took in all (the budget, where --only leaves Sfumato out). They are given smaller networks and batches than their
+examples have, which are made for GPUs: with those they would hardly begin. Every network computes in bf16 where that
+is faster here. All sample in 20 steps of the sampler that comes with them.
 
 Everything done is kept in the folder and not done again: trained weights, pictures, figures. Further arguments override
 the recipe's settings, as for ``sfumato train``.
@@ -377,8 +377,13 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=300.0, help="CPU seconds of training")
     parser.add_argument("--n", type=int, default=1000, help="pictures to compare, a multiple of 100")
     parser.add_argument("--reference", type=int, default=10_000, help="real pictures of either split to compare with")
-    parser.add_argument("--only", nargs="*", default=[], help="these contenders alone")
+    names = list(contenders(Recipe()))
+    parser.add_argument("--only", nargs="*", default=[], choices=names, help="these contenders alone")
     args = parser.parse_intermixed_args()
+    if args.n < PART or args.n % PART:
+        parser.error(f"--n must be a multiple of {PART}, not {args.n}")
+    if "sfumato, no words" in args.only and "sfumato" not in args.only and not (args.out / "sfumato").exists():
+        parser.error("--only 'sfumato, no words' draws with the weights of sfumato: name that, too")
     keep_to(args.out, {"data": args.data.name, "budget": args.budget, "overrides": sorted(args.overrides)})
     torch.set_num_threads(1)
     recipe = load_recipe(RECIPE, ["grid_every=0", "threads=0", *args.overrides])

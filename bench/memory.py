@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "sd35", "flux", "dit")
+CUT = {"sd3": 1, "sd35": 1, "flux": 2, "dit": 1}  # families of which fewer blocks can be had, by their kinds of blocks
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 DISCRETE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, **BETAS, "steps_offset": 1}
@@ -291,25 +293,33 @@ def measure(folder: str, mode: str, side: int, steps: int, decode: bool) -> dict
 
 def main() -> None:
     """Write, measure each mode, print a line for each, delete."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("families", nargs="+")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="+", choices=FAMILIES, metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--modes", nargs="*", default=["normal", "low"])
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--blocks", type=int, nargs="*", default=[])
+    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="fewer: one number, of flux two")
     parser.add_argument("--stored", choices=("F16", "BF16", "F32"), default="F16")
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--keep", type=Path, help="a folder for the weights, which then are left there")
-    parser.add_argument("--child")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
         print(json.dumps(measure(a.child, a.modes[0], a.side, a.steps, a.decode)))
         return
     for family in a.families:
+        if a.blocks and len(a.blocks) != CUT.get(family, 0):
+            parser.error(f"--blocks takes {CUT.get(family, 0) or 'no'} number(s) for {family}, not {len(a.blocks)}")
+    for family in a.families:
         folder = (a.keep or Path(tempfile.mkdtemp(prefix="sizes-"))) / family
         try:
-            if not folder.exists():
-                size = write(family, folder, a.blocks, a.stored)
+            if folder.exists():
+                print(f"{family}: weights as they are in {folder}", flush=True)
+            else:
+                part = folder.with_name(f".{family}.part")  # what is broken off is not taken for whole
+                shutil.rmtree(part, ignore_errors=True)
+                size = write(family, part, a.blocks, a.stored)
+                part.rename(folder)
                 print(f"{family}: {size / 2**30:.2f} GiB as {a.stored}", flush=True)
             for mode in a.modes:
                 command = [sys.executable, __file__, family, f"--child={folder}", f"--modes={mode}", f"--side={a.side}"]
