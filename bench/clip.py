@@ -10,7 +10,7 @@ bootstrap over concepts.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,9 +62,12 @@ def figures(clip: CLIP, pictures: Pictures) -> Iterator[tuple[str, str, list[str
 
 
 def main() -> None:
-    data, *file = sys.argv[1:]
-    clip = load_clip(Path(file[0]) if file else None)
-    config = DataConfig(data, where={"core": True})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("clip", nargs="?", type=Path, help="of `task: clip` (default: the one built in)")
+    args = parser.parse_args()
+    clip = load_clip(args.clip)
+    config = DataConfig(args.data, where={"core": True})
     pictures = load_pictures(config, clip.towers.config.size, Path())
     print(f"CLIP {clip.hash[:12]}, {len({row['concept'] for row in pictures.rows})} concepts")
     print("| split | task | R@1 | R@5 | R@10 | N | chance R@1 |\n|---|---|---|---|---|---|---|")

@@ -9,8 +9,8 @@ Prints recall of captions for held-out pictures.
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -45,12 +45,17 @@ def conv_tower(dim: int) -> nn.Module:
 
 
 def main() -> None:
-    data, which, text, *more = sys.argv[1:]
-    budget = float(more[0]) if more else 60.0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("which", choices=("conv", "lite0"))
+    parser.add_argument("text", type=Path, help="such as weights/emoji-clip-text.safetensors")
+    parser.add_argument("budget", nargs="?", type=float, default=60.0, help="CPU seconds of training (default: 60)")
+    args = parser.parse_args()
+    which, budget = args.which, args.budget
     torch.manual_seed(0)
     towers = TwoTowers(TwoTowersConfig(), packaged_clip()).eval()
     for part in ("text", "text_head"):
-        pour(getattr(towers, part), Path(text), f"{part}.")
+        pour(getattr(towers, part), args.text, f"{part}.")
 
     @torch.no_grad()
     def said(captions: list[str]) -> torch.Tensor:
@@ -61,7 +66,7 @@ def main() -> None:
         ]
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
-    pictures = load_pictures(DataConfig(data, where={"core": True}), 64, Path())
+    pictures = load_pictures(DataConfig(args.data, where={"core": True}), 64, Path())
     split = {
         s: [i for i, r in enumerate(pictures.rows) if r["split"] == s] for s in ("train", "test_combo", "test_concept")
     }

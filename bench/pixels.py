@@ -7,9 +7,9 @@ Both make a picture of their own size at their own defaults, without enlargement
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import time
 
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,4 +50,8 @@ def main(models: list[str], rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:3], int(sys.argv[3]) if len(sys.argv) > 3 else 10)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs=2, metavar="MODEL", help="files, runs or names")
+    parser.add_argument("rounds", nargs="?", type=int, default=10, help="(default: 10)")
+    args = parser.parse_args()
+    main(args.models, args.rounds)

@@ -9,8 +9,8 @@ bench goes on where it stopped; a time is told only where all pictures of a row 
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ SAMPLERS = [
 ]  # fmt: skip
 SCALES = (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15)
 SPLITS = ("seen", "test_combo")
+FIGURE = Path(__file__).parents[1] / "docs/guidance.png"
 
 
 def main(what: str, model: str, data: str, n: int) -> None:
@@ -55,7 +56,7 @@ def main(what: str, model: str, data: str, n: int) -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if what == "guidance":
-        plot(rows, Path("docs/guidance.png"))
+        plot(rows, FIGURE)
 
 
 def seconds_to_make(pipe: Pipeline, truth: Truth, cache: Cache, setting: dict[str, Any]) -> float | None:
@@ -91,4 +92,10 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]) if len(sys.argv) > 4 else 540)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("samplers", "guidance"))
+    parser.add_argument("model")
+    parser.add_argument("data", help="the corpus of `sfumato data prepare recipes/emoji.yaml`")
+    parser.add_argument("n", nargs="?", type=int, default=540, help="captions of each split (default: 540)")
+    args = parser.parse_args()
+    main(args.what, args.model, args.data, args.n)

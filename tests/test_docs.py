@@ -91,3 +91,9 @@ def test_make_gives_its_own_arguments_to_the_picture_alone() -> None:
     assert last("image", "ARGS=-n 4").endswith('generate "a red apple" -n 4')
     assert last("fashion-mnist", "DATA=x").split()[-1] == "x"
     assert last("fashion-mnist", "DATA=x", "ARGS=--n 100").endswith("x --n 100")
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("bench/*.py"), *ROOT.glob("tools/*.py")], ids=lambda p: p.name)
+def test_benches_and_tools_answer_to_help(path: Path) -> None:
+    text = path.read_text()
+    assert "__main__" not in text or "ArgumentParser(" in text

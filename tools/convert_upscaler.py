@@ -9,8 +9,8 @@ ncnn's files: a text of layers, and their numbers one after another. A convoluti
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,4 +95,8 @@ def main(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of ncnn's two files")
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args()
+    main(args.folder, args.target)

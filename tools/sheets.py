@@ -7,7 +7,7 @@ DATA are the pictures of recipes/emoji.yaml, of which held-out combinations are 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,9 @@ from sfumato.pipeline.canvas import cover
 from sfumato.pipeline.picture import Picture, sheet
 from sfumato.pixels import Pixels
 
-DOCS = Path("docs")
-AUTOENCODER = Path("weights/emoji-vae.safetensors")
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+AUTOENCODER = ROOT / "weights/emoji-vae.safetensors"
 FIRST = "sunflower, fluent 3d style"  # as README.md has it
 PROMPTS = (  # in pairs, one row each: things it has seen, a colour and a composition it has not
     "red apple, noto style", "tiger, fluent 3d style",
@@ -43,6 +44,7 @@ COLUMNS, ROWS = 6, 8  # of pairs of drawing and reconstruction
 
 def main(data: str) -> None:
     """Write the sheets."""
+    truth = load_truth(DataConfig(path=data, where={"core": True, "split": ["train", "test_combo"]}), 64, None)
     first = ["generate", FIRST, "-n", "4", "--grid", "--seed", "1", "--scale", "1"]
     command([*first, "--out", str(DOCS / "first.png"), "--force"])
     pipe = load()
@@ -52,7 +54,6 @@ def main(data: str) -> None:
         drawn += [np.asarray(cover(p.image, (SIDE, SIDE))) for p in made]
     Image.fromarray(sheet(drawn, 8)).save(DOCS / "grid.png")
 
-    truth = load_truth(DataConfig(path=data, where={"core": True, "split": ["train", "test_combo"]}), 64, None)
     of = truth.drawn["test_combo"]
     chosen = [of[i] for i in np.linspace(0, len(of) - 1, COLUMNS * ROWS).round().astype(int)]
     real = truth.images[chosen]
@@ -61,4 +62,6 @@ def main(data: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    main(parser.parse_args().data)
