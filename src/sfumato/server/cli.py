@@ -105,11 +105,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--token-file", metavar="FILE", help=f"file with the token that clients must show (or set {TOKEN})")
     add("--database", metavar="URL", help="SQLAlchemy URL of the queue (default: SQLite in the folder)")
     add(
-        "--batch", metavar="N", type=int, default=Settings.batch, help="pictures of all jobs in one call of the network"
+        "--batch",
+        metavar="N",
+        type=int,
+        default=Settings.batch,
+        help=f"pictures of all jobs in one call of the network (default: {Settings.batch})",
     )
     add("--workers", metavar="N", type=int, default=1, help="worker processes (default: 1)")
     add("--threads", metavar="N", type=int, default=0, help="threads of each worker (default: the cores shared evenly)")
-    add("--drain", metavar="S", type=float, default=Settings.drain, help="seconds for running jobs when told to stop")
+    add(
+        "--drain",
+        metavar="S",
+        type=float,
+        default=Settings.drain,
+        help=f"seconds for running jobs when told to stop (default: {Settings.drain:g})",
+    )
     add("--ray", action="store_true", help="deploy on a Ray cluster, --workers replicas of one worker each")
     for f in fields(Limits):
         default: Any = f.default
