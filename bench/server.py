@@ -3,7 +3,7 @@
     python bench/server.py [--steps 8] [--seconds 20] [--rounds 2] [--clients 1 4 16 64] [--memory 1000] [--switches 40]
                            [--recovery 5]
 
-Each client asks for one picture after the other, each of another prompt, seed, sampler and guidance. Two servers, with
+Each client asks for one picture after the other, each of another seed, sampler and guidance, of eight prompts. Two servers, with
 ``--batch 1`` and with ``--batch 16``, run at once and are loaded in turn, so that whatever else the machine does meets
 both; what it does for moments is not in the median, p50. CPU seconds are those of server and worker. ``--memory N``
 also compares the resident memory of server and worker after N jobs with that after N/10, ``--switches N`` after N
@@ -76,10 +76,15 @@ def serving(batch: int, *models: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, "-m", "sfumato", "serve", "--port", "0", "--folder", folder, "--batch", str(batch)]
         argv += [word for model in models for word in ("--model", model)]
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        log = Path(folder) / "log"
+        with log.open("w") as told:
+            process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=told, text=True)
         try:
             assert process.stdout is not None
-            url = process.stdout.readline().split()[-1]
+            line = process.stdout.readline()
+            if not line:
+                sys.exit(f"the server did not start: {log.read_text()}")
+            url = line.split()[-1]
             end = time.monotonic() + 120
             while httpx.get(f"{url}/readyz").status_code != 200:
                 assert time.monotonic() < end, "the server did not become ready"

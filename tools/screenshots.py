@@ -65,10 +65,15 @@ def serving() -> Iterator[str]:
     """The address of a server of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sfumato", "serve", "--port", "0", "--folder", folder]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        log = Path(folder) / "log"
+        with log.open("w") as told:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True)
         assert process.stdout is not None
         try:
-            yield process.stdout.readline().split()[-1]
+            line = process.stdout.readline()
+            if not line:
+                sys.exit(f"the server did not start: {log.read_text()}")
+            yield line.split()[-1]
         finally:
             process.terminate()
             process.wait(MINUTES * 60)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any
 
@@ -21,8 +21,8 @@ GROUPS = {  # of fields of a request under one title in a command's help; the ot
 }
 
 
-def add_request_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for each field of ``Request``; ``request_of`` reads them."""
+def add_request_flags(parser: argparse.ArgumentParser, refused: Collection[str] = ()) -> None:
+    """Add one flag for each field of ``Request``; ``request_of`` reads them. Help is silent about those ``refused``."""
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     titles = {name: title for title, names in GROUPS.items() for name in names}
     for f in fields(Request):
@@ -33,7 +33,8 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
             add("--size", metavar="WxH", help="width and height in pixels, before --upscale")
         elif flags:
             again: dict[str, Any] = {"action": "append"} if f.name in SEVERAL else {}
-            add(*flags, dest=f.name, metavar=f.metadata["metavar"], help=f.metadata["help"], **again)
+            help = argparse.SUPPRESS if f.name in refused else f.metadata["help"]
+            add(*flags, dest=f.name, metavar=f.metadata["metavar"], help=help, **again)
 
 
 def request_of(args: argparse.Namespace) -> Request:

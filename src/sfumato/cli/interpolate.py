@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
         usage="%(prog)s [flags] PROMPT",
         description="Make pictures on the way from one prompt to another, of one seed.",
     )
-    add_request_flags(parser)
+    add_request_flags(parser, refused=("n", "mix", "best_of"))
     add_model_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--frames", metavar="N", default="9", help="number of pictures, both ends too (default: 9)")
