@@ -5,11 +5,11 @@
 
 Each client asks for one picture after the other, each of another seed, sampler and guidance, of eight prompts. Two
 servers, with ``--batch 1`` and with ``--batch 16``, run at once and are loaded in turn, so that whatever else the
-machine does meets both; what it does for moments is not in the median, p50. CPU seconds are those of server and worker. ``--memory N``
-also compares the resident memory of server and worker after N jobs with that after N/10, ``--switches N`` after N
-changes between two models with that after N/10; ``--recovery N`` takes N times how long it is from asking to cancel to
-the job's end, from there to the next one's start, and from a worker's death until there is another. With the settings
-above: some eight minutes on two cores.
+machine does meets both; what it does for moments is not in the median, p50. CPU seconds are those of server and
+worker. ``--memory N`` also compares the resident memory of server and worker after N jobs with that after N/10,
+``--switches N`` after N changes between two models with that after N/10; ``--recovery N`` takes N times how long it is
+from asking to cancel to the job's end, from there to the next one's start, and from a worker's death until there is
+another. With the settings above: some eight minutes on two cores.
 """
 
 from __future__ import annotations
