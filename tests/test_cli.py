@@ -182,15 +182,20 @@ def test_a_replay_takes_as_many_threads_as_its_picture_did(run: Run, tiny_file: 
         torch.set_num_threads(before)
 
 
-def test_a_recorded_model_name_opens_nothing_elsewhere(run: Run, tiny_file: Path, tmp_path: Path) -> None:
-    run("generate", "a", "--model", tiny_file, "--seed", 1, "--out", "a.png")
+def record_again(part: str, key: str, value: object) -> None:
+    """Write a.png as b.png, its record changed in one place."""
     from PIL import PngImagePlugin
 
     image, info = Image.open("a.png"), PngImagePlugin.PngInfo()
     record = json.loads(image.text["sfumato"])  # type: ignore[attr-defined]
-    record["model"]["name"] = str(tiny_file)
+    record[part][key] = value
     info.add_text("sfumato", json.dumps(record))
     image.save("b.png", pnginfo=info)
+
+
+def test_a_recorded_model_name_opens_nothing_elsewhere(run: Run, tiny_file: Path, tmp_path: Path) -> None:
+    run("generate", "a", "--model", tiny_file, "--seed", 1, "--out", "a.png")
+    record_again("model", "name", str(tiny_file))
     code, _, err = run("replay", "b.png")
     assert code == 2
     assert f"'{tiny_file.name}'" in err
@@ -199,13 +204,7 @@ def test_a_recorded_model_name_opens_nothing_elsewhere(run: Run, tiny_file: Path
 @pytest.mark.parametrize(("what", "value"), [("dtype", "fp7"), ("dtype", 16), ("tile", "wide"), ("tile", -1)])
 def test_a_damaged_record_is_blamed_itself(run: Run, tiny_file: Path, what: str, value: object) -> None:
     run("generate", "a", "--model", tiny_file, "--seed", 1, "--out", "a.png")
-    from PIL import PngImagePlugin
-
-    image, info = Image.open("a.png"), PngImagePlugin.PngInfo()
-    record = json.loads(image.text["sfumato"])  # type: ignore[attr-defined]
-    record["made_with"][what] = value
-    info.add_text("sfumato", json.dumps(record))
-    image.save("b.png", pnginfo=info)
+    record_again("made_with", what, value)
     code, _, err = run("replay", "b.png", "--model", tiny_file)
     assert code == 4
     assert f"b.png: its record of the {what} is damaged ({str(value)!r}): say it with --{what}" in err
